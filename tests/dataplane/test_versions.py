@@ -93,6 +93,17 @@ def wait_paths(hosts: Hosts, seconds: float = 20, **wanted: int) -> None:
             raise AssertionError((wanted, listed(host), host.log())) from error
 
 
+def wait_on_relay(hosts: Hosts, least: int, count: int) -> None:
+    """Wait until at least so many of `count` connections are on the path relay."""
+
+    def found(host: HostBed) -> bool:
+        paths = Counter(fact.path for fact in listed(host))
+        return paths["relay"] >= least and paths["relay"] + paths["overlay"] == count
+
+    for host in hosts:
+        until(partial(found, host), 20)
+
+
 def has_link(host: HostBed) -> bool:
     return host.peer().link == "up"
 
@@ -288,11 +299,17 @@ def test_upgrade(last: Version, first: int, devices: bool) -> None:
             wait_paths(hosts, **{before: COUNT})
             for done, (number, version, path) in enumerate(steps, 1):
                 upgrade(hosts, number, version)
-                wait_paths(hosts, overlay=done * COUNT)
+                if path != "relay":
+                    wait_paths(hosts, overlay=done * COUNT)
                 if path != "overlay":
                     wait_links(hosts)
                 order(client, f"+{COUNT}")
-                wait_paths(hosts, **dict(Counter(overlay=done * COUNT) + Counter({path: COUNT})))
+                if path == "relay":
+                    # Requests that waited under one router of this version may be granted now.
+                    wait_on_relay(hosts, COUNT, (done + 1) * COUNT)
+                else:
+                    wanted = Counter(overlay=done * COUNT) + Counter({path: COUNT})
+                    wait_paths(hosts, **wanted)
         assert [broken(host) for host in hosts] == [0, 0]
 
 
