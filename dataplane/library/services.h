@@ -63,6 +63,7 @@ struct verbs_message {
                 struct v_device device;
                 struct v_grant grant;
                 struct v_refuse refuse;
+                struct v_datagrams group;
                 struct v_listen listening;
                 struct v_connection connection;
         };

@@ -32,6 +32,8 @@ static size_t size_of(uint16_t kind)
                 return sizeof(struct v_grant);
         case V_REFUSE:
                 return sizeof(struct v_refuse);
+        case V_GROUP:
+                return sizeof(struct v_datagrams);
         case V_LISTENING:
                 return sizeof(struct v_listen);
         case V_CONNECTION:

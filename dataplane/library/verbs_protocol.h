@@ -13,13 +13,20 @@
  *                                                that it was granted is released
  *      V_DATAGRAMS open or closed     ->       datagrams may come to this queue pair; no answer
  *      V_DATAGRAM_PEER                ->      datagrams are to go to a queue pair of a GID
- *                                     <-       V_GRANT, to both processes, or V_REFUSE
- *      V_GROUP join or leave          ->       a multicast group; no answer
- *      V_LISTEN                       ->
- *                                     <-       V_LISTENING port, or V_REFUSE
+ *                                     <-       V_GRANT, to both processes, or V_REFUSE. One slot is for
+ *                                                all that two processes send from one GID to another
+ *                                     <-       V_REFUSE of V_GRANT: the slot has ended, release it
+ *      V_DATAGRAM_PEER of a group     ->
+ *                                     <-       V_GROUP for each process with members, after its V_GRANT
+ *                                                if it is new; at last one with number 0. Later others,
+ *                                                as processes join and leave
+ *      V_GROUP join or leave          ->       a multicast group; no answer but V_REFUSE
+ *      V_LISTEN                       ->      a port, for an id that is bound, or listens
+ *                                     <-       V_LISTENING port, or V_REFUSE, REASON_SHARED: another has it
  *      V_LISTEN_END                   ->       no answer
- *      V_CONNECTION step              ->       passed on to the process at the other end
- *                                     <-       V_CONNECTION step, from there
+ *      V_CONNECTION step              ->       passed on to the process at the other end, or V_REFUSE
+ *                                     <-       V_CONNECTION step, from there, or what it would say if it
+ *                                                were there
  *      V_STATUS                       ->       for lists; no answer
  */
 #ifndef FREEFLOW_VERBS_PROTOCOL_H
@@ -61,6 +68,7 @@ enum verbs_step {
         V_STEP_DISCONNECTED = 6,
         V_STEP_RESOLVE = 7, /* of datagrams: which queue pair and Q_Key */
         V_STEP_RESOLVED = 8,
+        V_STEP_RESUME = 9, /* made by an earlier router; only an end of the peer is of interest */
 };
 
 /* A GID as verbs have it: an IPv4 address as ::ffff:a.b.c.d. */
@@ -99,7 +107,7 @@ struct v_queue_pair {
 
 struct v_grant {
         struct message message;
-        uint32_t request;       /* of V_SLOT_DATAGRAMS: 0 */
+        uint32_t request;       /* of V_SLOT_DATAGRAMS: 0 if the other process has asked */
         uint32_t qpn, peer_qpn; /* of V_SLOT_DATAGRAMS: 0, and the first of the peer's numbers */
         uint32_t slot_kind;     /* enum verbs_slot */
         uint32_t side;
@@ -110,14 +118,15 @@ struct v_grant {
         uint64_t token;
         struct verbs_gid peer_gid;
         uint32_t peer_count; /* of V_SLOT_DATAGRAMS: how many numbers the peer has */
-        uint32_t unused;
+        uint32_t number;     /* of V_SLOT_DATAGRAMS: the router's number of the slot; never 0 */
 };
 
 struct v_refuse {
         struct message message;
         uint32_t kind;    /* of the message that is refused */
-        uint32_t request; /* of a queue pair */
-        uint32_t number;  /* of the queue pair, or of the connection */
+        uint32_t request; /* of a queue pair, or of V_DATAGRAM_PEER; else 0 */
+        uint32_t number;  /* the queue pair that was asked for or with; of V_GRANT, the slot's number;
+                           * of V_LISTEN and V_CONNECTION, the id */
         uint32_t reason;  /* enum reason */
 };
 
@@ -130,36 +139,40 @@ struct v_end {
 /* V_DATAGRAMS, V_DATAGRAM_PEER, V_GROUP. */
 struct v_datagrams {
         struct message message;
-        uint32_t qpn;
-        uint32_t gid_index;
-        uint32_t peer_qpn;    /* V_DATAGRAM_PEER */
-        uint32_t on;          /* V_DATAGRAMS, V_GROUP: 1 open or join, 0 closed or leave */
-        struct verbs_gid gid; /* V_DATAGRAM_PEER, V_GROUP */
+        uint32_t request;     /* V_DATAGRAM_PEER: the library's number of it, which answers repeat */
+        uint32_t qpn;         /* of the process's own queue pair; 0 from the router */
+        uint32_t gid_index;   /* its own; of no meaning in V_DATAGRAMS */
+        uint32_t peer_qpn;    /* V_DATAGRAM_PEER; of no meaning for a group */
+        uint32_t on;          /* 1: open, join, send to; 0: closed, leave, send no more (of a group) */
+        uint32_t number;      /* from the router: of the slot; 0: these were all */
+        struct verbs_gid gid; /* V_DATAGRAM_PEER, V_GROUP: of the peer or the group */
 };
 
 /* V_LISTEN, V_LISTENING. */
 struct v_listen {
         struct message message;
         uint32_t id;
-        uint32_t space; /* the port space of rdma_cm */
-        uint32_t port;  /* V_LISTEN: 0: any */
-        uint32_t backlog;
-        struct verbs_gid gid; /* 0: all of the container's */
+        uint32_t space;       /* the port space of rdma_cm */
+        uint32_t port;        /* V_LISTEN: 0: any */
+        uint32_t backlog;     /* 0: it is bound so far; V_LISTEN comes again when it listens */
+        uint32_t reuse;       /* 1: others that say so may be bound to the port, as long as none listens */
+        struct verbs_gid gid; /* 0: all of the container's; ::ffff:0.0.0.0: all of IPv4; ::1: of IPv6 */
 };
 
 struct v_connection {
         struct message message;
-        uint32_t step;    /* enum verbs_step */
-        uint32_t id;      /* of the receiver, in a message from the router of the sender's peer */
-        uint32_t peer_id; /* 0: the listener of the port, V_STEP_REQUEST and V_STEP_RESOLVE */
-        uint32_t gid_index;
+        uint32_t step;       /* enum verbs_step */
+        uint32_t id;         /* of this end; the listener, where a request comes; 0: not known yet */
+        uint32_t connection; /* the router's number of it, at both ends; 0: who asks doesn't know it */
+        uint32_t gid_index;  /* of this end */
         uint32_t space;
-        uint32_t port;
+        uint32_t port;      /* of the listener */
+        uint32_t from_port; /* of who asks; V_STEP_REQUEST and V_STEP_RESOLVE */
         uint32_t qpn;
         uint32_t type; /* enum ibv_qp_type */
         uint32_t psn;
         uint32_t qkey;
-        uint32_t reject; /* V_STEP_REJECT: the reason, as InfiniBand numbers it */
+        uint32_t reject; /* V_STEP_REJECT, V_STEP_RESOLVED: the reason, as InfiniBand numbers it */
         uint8_t responder_resources;
         uint8_t initiator_depth;
         uint8_t flow_control;
@@ -167,7 +180,7 @@ struct v_connection {
         uint8_t rnr_retry;
         uint8_t srq;
         uint16_t private_size;
-        struct verbs_gid peer_gid;
+        struct verbs_gid peer_gid; /* of the other end */
         uint8_t private_data[VERBS_PRIVATE];
 };
 

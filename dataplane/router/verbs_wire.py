@@ -20,7 +20,7 @@ from dataplane.router.library_wire import IPAddress, codec
 VERBS_VERSION: Final = 1
 PRIVATE: Final = 256
 """Bytes of private data of a connection, at most."""
-MAX_MESSAGE: Final = 328
+MAX_MESSAGE: Final = 332
 """Bytes of the longest message, of those of `library_wire.py` too."""
 
 
@@ -61,6 +61,7 @@ class Step(IntEnum):
     DISCONNECTED = 6
     RESOLVE = 7
     RESOLVED = 8
+    RESUME = 9
 
 
 def _pack_gid(gid: IPAddress | None) -> bytes:
@@ -146,7 +147,10 @@ class VerbsQueuePair(msgspec.Struct, frozen=True, gc=False):
 
 @codec.message(VerbsKind.GRANT)
 class VerbsGrant(msgspec.Struct, frozen=True, gc=False):
-    """A slot of an arena for a queue pair, or for the datagrams of two processes; see `Grant`."""
+    """A slot of an arena for a queue pair, or for the datagrams of two processes; see `Grant`.
+
+    `number`: the router's of a slot for datagrams.
+    """
 
     request: U32
     qpn: U32
@@ -159,7 +163,8 @@ class VerbsGrant(msgspec.Struct, frozen=True, gc=False):
     incarnation: U64
     token: U64
     peer_gid: Gid
-    peer_count: _Last = 0
+    peer_count: U32 = 0
+    number: U32 = 0
 
 
 @codec.message(VerbsKind.REFUSE)
@@ -182,25 +187,30 @@ class VerbsEnd(msgspec.Struct, frozen=True, gc=False):
 
 @codec.message(VerbsKind.DATAGRAMS, VerbsKind.DATAGRAM_PEER, VerbsKind.GROUP)
 class VerbsDatagrams(msgspec.Struct, frozen=True, gc=False):
-    """A queue pair takes datagrams, sends some to a peer, or joins a group."""
+    """A queue pair takes datagrams, sends some to a peer or a group, or joins a group; from the
+    router: where members of a group are, by the number of a slot.
+    """
 
     kind: VerbsKind
+    request: U32
     qpn: U32
     gid_index: U32
     peer_qpn: U32
     on: _Bool
+    number: U32
     gid: Gid
 
 
 @codec.message(VerbsKind.LISTEN, VerbsKind.LISTENING)
 class VerbsListen(msgspec.Struct, frozen=True, gc=False):
-    """A process listens, or wants to; `gid` None: on all addresses."""
+    """A process has a port, or wants one; `gid` None: on all addresses. See the header."""
 
     kind: VerbsKind
     id: U32
     space: U32
     port: U32
     backlog: U32
+    reuse: _Bool
     gid: Gid
 
 
@@ -210,10 +220,11 @@ class VerbsConnection(msgspec.Struct, frozen=True, gc=False):
 
     step: _Step
     id: U32
-    peer_id: U32
+    connection: U32
     gid_index: U32
     space: U32
     port: U32
+    from_port: U32
     qpn: U32
     type: U32
     psn: U32
@@ -249,7 +260,9 @@ FromVerbs = (
     | VerbsConnection
     | VerbsStatus
 )
-VerbsAnswer = VerbsDevice | VerbsGrant | VerbsRefuse | VerbsListen | VerbsConnection
+VerbsAnswer = (
+    VerbsDevice | VerbsGrant | VerbsRefuse | VerbsDatagrams | VerbsListen | VerbsConnection
+)
 VerbsMessage = FromVerbs | VerbsAnswer
 
 pack: Final[Callable[[VerbsMessage], bytes]] = codec.pack

@@ -33,9 +33,9 @@ EXAMPLES: Final[list[tuple[wire.VerbsMessage, str]]] = [
         f"struct v_queue_pair m = {{{{V_QUEUE_PAIR, sizeof m}}, 1, 2, 3, 4, 5, 1, {B_GID}}}",
     ),
     (
-        wire.VerbsGrant(1, 2, 3, SlotKind.DATAGRAMS, 4, 5, 6, 7, 8, 9, A, 11),
+        wire.VerbsGrant(1, 2, 3, SlotKind.DATAGRAMS, 4, 5, 6, 7, 8, 9, A, 11, 12),
         "struct v_grant m = "
-        f"{{{{V_GRANT, sizeof m}}, 1, 2, 3, V_SLOT_DATAGRAMS, 4, 5, 6, 7, 8, 9, {A_GID}, 11}}",
+        f"{{{{V_GRANT, sizeof m}}, 1, 2, 3, V_SLOT_DATAGRAMS, 4, 5, 6, 7, 8, 9, {A_GID}, 11, 12}}",
     ),
     (wire.VerbsRefuse(34, 2, 3, 4), "struct v_refuse m = {{V_REFUSE, sizeof m}, 34, 2, 3, 4}"),
     (
@@ -44,33 +44,34 @@ EXAMPLES: Final[list[tuple[wire.VerbsMessage, str]]] = [
     ),
     (wire.VerbsEnd(VerbsKind.LISTEN_END, 1), "struct v_end m = {{V_LISTEN_END, sizeof m}, 1}"),
     (
-        wire.VerbsDatagrams(VerbsKind.DATAGRAMS, 1, 2, 0, True, None),
-        "struct v_datagrams m = {{V_DATAGRAMS, sizeof m}, 1, 2, 0, 1}",
+        wire.VerbsDatagrams(VerbsKind.DATAGRAMS, 0, 1, 2, 0, True, 0, None),
+        "struct v_datagrams m = {{V_DATAGRAMS, sizeof m}, 0, 1, 2, 0, 1}",
     ),
     (
-        wire.VerbsDatagrams(VerbsKind.DATAGRAM_PEER, 1, 2, 3, False, A),
-        f"struct v_datagrams m = {{{{V_DATAGRAM_PEER, sizeof m}}, 1, 2, 3, 0, {A_GID}}}",
+        wire.VerbsDatagrams(VerbsKind.DATAGRAM_PEER, 9, 1, 2, 3, False, 0, A),
+        f"struct v_datagrams m = {{{{V_DATAGRAM_PEER, sizeof m}}, 9, 1, 2, 3, 0, 0, {A_GID}}}",
     ),
     (
-        wire.VerbsDatagrams(VerbsKind.GROUP, 1, 2, 0, True, B),
-        f"struct v_datagrams m = {{{{V_GROUP, sizeof m}}, 1, 2, 0, 1, {B_GID}}}",
+        wire.VerbsDatagrams(VerbsKind.GROUP, 0, 1, 2, 0, True, 7, B),
+        f"struct v_datagrams m = {{{{V_GROUP, sizeof m}}, 0, 1, 2, 0, 1, 7, {B_GID}}}",
     ),
     (
-        wire.VerbsListen(VerbsKind.LISTEN, 1, 2, 3, 4, None),
-        "struct v_listen m = {{V_LISTEN, sizeof m}, 1, 2, 3, 4}",
+        wire.VerbsListen(VerbsKind.LISTEN, 1, 2, 3, 4, True, None),
+        "struct v_listen m = {{V_LISTEN, sizeof m}, 1, 2, 3, 4, 1}",
     ),
     (
-        wire.VerbsListen(VerbsKind.LISTENING, 1, 2, 3, 4, B),
-        f"struct v_listen m = {{{{V_LISTENING, sizeof m}}, 1, 2, 3, 4, {B_GID}}}",
+        wire.VerbsListen(VerbsKind.LISTENING, 1, 2, 3, 4, False, B),
+        f"struct v_listen m = {{{{V_LISTENING, sizeof m}}, 1, 2, 3, 4, 0, {B_GID}}}",
     ),
     (
         wire.VerbsConnection(
             Step.REJECT,
             id=2,
-            peer_id=3,
+            connection=3,
             gid_index=4,
             space=5,
             port=6,
+            from_port=18,
             qpn=7,
             type=8,
             psn=9,
@@ -86,7 +87,7 @@ EXAMPLES: Final[list[tuple[wire.VerbsMessage, str]]] = [
             peer_gid=A,
             private=b"abc".ljust(wire.PRIVATE, b"\0"),
         ),
-        "struct v_connection m = {{V_CONNECTION, sizeof m}, V_STEP_REJECT, 2, 3, 4, 5, 6, 7, 8, 9, "
+        "struct v_connection m = {{V_CONNECTION, sizeof m}, V_STEP_REJECT, 2, 3, 4, 5, 6, 18, 7, 8, 9, "
         f'10, 11, 12, 13, 14, 15, 16, 17, 3, {A_GID}, "abc"}}',
     ),
     (
@@ -165,7 +166,7 @@ def test_garbage(data: bytes) -> None:
 
 @given(
     st.sampled_from(EXAMPLES),
-    st.lists(st.tuples(st.integers(0, 327), st.integers(0, 255)), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 331), st.integers(0, 255)), min_size=1, max_size=6),
 )
 def test_damaged_messages(
     example: tuple[wire.VerbsMessage, str], damage: list[tuple[int, int]]
@@ -185,7 +186,7 @@ def test_too_much_private_data() -> None:
     """A connection can't have more private data than there is room for."""
     message = next(m for m, _ in EXAMPLES if isinstance(m, wire.VerbsConnection))
     data = bytearray(wire.pack(message))
-    place = data.index((3).to_bytes(2, "little"), 50)
+    place = data.index((3).to_bytes(2, "little"), 54)
     data[place : place + 2] = (wire.PRIVATE + 1).to_bytes(2, "little")
     with pytest.raises(WrongMessage, match="257 bytes of private data"):
         wire.unpack(bytes(data))
