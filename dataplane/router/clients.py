@@ -24,6 +24,7 @@ import structlog
 
 from dataplane.errors import WrongMessage
 from dataplane.router import library_wire as wire
+from dataplane.router import verbs_messages
 from dataplane.router import verbs_wire as verbs
 from dataplane.router.limits import Bucket
 from dataplane.router.loop import Loop
@@ -48,6 +49,9 @@ each may have UNREAD_LEAST."""
 UNREAD_MOST: Final = 64 << 10
 UNREAD_LEAST: Final = 4 << 10
 """The same for one process: a process that has more is stalled, that is, not read."""
+UNASKED_MOST: Final = 64 << 10
+"""The same of a process that may still be told what others ask of it: nobody else's requests fill
+the socket of one that doesn't read, which would cost it its connection to the router."""
 UNREAD_PATIENCE: Final = 10.0
 """Seconds without reading anything after which a stalled process loses its connection."""
 FULL: Final = 0.9
@@ -61,9 +65,6 @@ STALLED_CHECK: Final = 0.05
 """Seconds between two checks of stalled processes."""
 _PAUSED_CHECK: Final = 0.02
 """Seconds between two checks of containers that have used up their rate."""
-_QUEUE_PAIR: Final = 5
-"""A request for a queue pair counts as so many messages: it is never refused for coming too fast,
-since the program could not go on without."""
 _AT_ONCE: Final = 32
 """Messages of one client, and new clients, per round of the loop."""
 _BACKLOG: Final = 4096
@@ -71,9 +72,10 @@ _ANSWERS: Final = 1 << 19
 """Bytes of a socket's send buffer, which the kernel doubles: room for some 1,300 answers to a
 process that is busy while a burst of its connections moves. A process whose buffer is full loses
 its connection to the router, and its connections stay on TCP."""
-_ANSWERS_OF_QUEUE_PAIR: Final = 1 << 10
+_ANSWERS_OF_QUEUE_PAIR: Final = 1 << 11
 """More bytes for each queue pair that a process may have: room for the grant and the end of all at
-once, since its queue pairs would end with the connection to the router."""
+once, and of their connections of rdma_cm, since its queue pairs would end with the connection to
+the router."""
 _SIOCOUTQ: Final = 0x5411  # linux/sockios.h
 _SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h
 _INT: Final = struct.Struct("=i")
@@ -401,19 +403,12 @@ class Clients:
             case wire.Hello():
                 pairing.hello(process, message)
                 self._late_welcomes.append((self._loop.now() + PATIENCE, process))
-            case verbs.VerbsQueuePair():
-                client.rate.messages.charge(_QUEUE_PAIR - 1)
-                pairing.verbs.connect(process, message)
-            case verbs.VerbsEnd():
-                pairing.verbs.end(process, message)
-            case verbs.VerbsStatus():
-                pairing.verbs.status(process, message)
             case verbs.VerbsOpen():
                 pairing.verbs.open(process, message)
                 more = min(RANGE, pairing.limits.queue_pairs) * _ANSWERS_OF_QUEUE_PAIR
                 _enlarge_send_buffer(client.socket, _ANSWERS + more)
             case _:
-                raise WrongMessage(f"{type(message).__name__} is not for the router")
+                client.rate.messages.charge(verbs_messages.handle(pairing, process, message) - 1)
 
     def send(
         self, process: int, answer: wire.Answer | verbs.VerbsAnswer, *descriptors: int
@@ -431,6 +426,10 @@ class Clients:
             self._schedule_close(client)
             return False
         return True
+
+    def has_room(self, process: int) -> bool:
+        client = self._by_process.get(process)
+        return client is not None and _unread_bytes(client.socket) <= UNASKED_MOST
 
     # --- answers that a process doesn't read
 

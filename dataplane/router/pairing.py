@@ -42,6 +42,7 @@ from dataplane.router.remote_pairing import RELAY, RemotePairing
 from dataplane.router.request_table import RequestTable
 from dataplane.router.seams import ArenaMemory, Outbox, SocketTable
 from dataplane.router.slot_grants import SlotGrants
+from dataplane.router.verbs_cm import VerbsConnections
 from dataplane.router.verbs_pairing import QueuePairRecord, VerbsPairing
 from dataplane.router.verbs_wire import VERBS_VERSION
 
@@ -72,6 +73,7 @@ class Pairing:
         self.arena_table = ArenaTable(self._registry, self._bells, sockets, memory, secret)
         self._slots = SlotGrants(self._registry, self.arena_table, self._bells)
         self.verbs = VerbsPairing(self._registry, self.arena_table, self._slots, memory, secret)
+        self.verbs_connections = VerbsConnections(self._registry, self.verbs.processes, secret)
         self.processes = self._registry.processes
         self.containers = self._registry.containers
         self.arenas = self.arena_table.arenas
@@ -157,9 +159,11 @@ class Pairing:
             if network is None or network.id != waiting.network or not network.accelerated:
                 self.refuse(waiting, why_not(network))
         self.verbs.replace_snapshot()
+        self.verbs_connections.replace_snapshot()
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection: it has ended, or sent something invalid."""
+        self.verbs_connections.gone(process_id)
         self.verbs.gone(process_id)
         process = self._registry.remove(process_id)
         for waiting in list(process.waiting.values()):
@@ -386,6 +390,7 @@ class Pairing:
         self.requests.sweep(now, most)
         self.arena_table.sweep(now, most)
         self.verbs.sweep()
+        self.verbs_connections.sweep()
 
 
 def _end(waiting: PairRequest) -> ConnectionEnd:

@@ -24,6 +24,10 @@ class Outbox(Protocol):
         """Send now or never. False: the process can't take it, and its connection closes."""
         ...
 
+    def has_room(self, process: int) -> bool:
+        """Whether a process reads its answers, so that it may be told what others ask of it."""
+        ...
+
 
 class SocketTable(Protocol):
     """The kernel's table of a container's sockets."""

@@ -101,6 +101,10 @@ class DeviceView:
         """The GID with an index, if there is one."""
         return self.gids[index] if index < len(self.gids) else None
 
+    def index_of(self, gid: IPAddress) -> int | None:
+        """The index of a GID, if it has it."""
+        return self.gids.index(gid) if gid in self.gids else None
+
     def owns(self, qpn: int) -> bool:
         """Whether the process may give a queue pair this number."""
         return self.qpn_first is not None and self.qpn_first <= qpn < self.qpn_first + RANGE

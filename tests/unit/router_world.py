@@ -38,16 +38,22 @@ def at(text: str) -> Address:
 
 @dataclass
 class FakePost:
-    """Records the answers to each process. Processes in `full` take none."""
+    """Records the answers to each process. Processes in `full` take none; those in `busy` have read
+    little.
+    """
 
     sent: dict[int, list[tuple[Answer | VerbsAnswer, int | None]]] = field(default_factory=dict)
     full: set[int] = field(default_factory=set)
+    busy: set[int] = field(default_factory=set)
 
     def send(self, process: int, answer: Answer | VerbsAnswer, *descriptors: int) -> bool:
         if process in self.full:
             return False
         self.sent.setdefault(process, []).append((answer, descriptors[0] if descriptors else None))
         return True
+
+    def has_room(self, process: int) -> bool:
+        return process not in self.full | self.busy
 
 
 @dataclass

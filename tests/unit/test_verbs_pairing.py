@@ -20,9 +20,7 @@ from dataplane.router.verbs_pairing import RETURN
 from dataplane.router.verbs_wire import (
     VERBS_VERSION,
     VerbsDevice,
-    VerbsEnd,
     VerbsGrant,
-    VerbsKind,
     VerbsOpen,
     VerbsStatus,
 )
@@ -162,8 +160,6 @@ def test_order_of_messages(world: VerbsWorld) -> None:
         closed.reset(own)
     with pytest.raises(WrongMessage, match="before V_OPEN"):
         closed.status(own, 1, 1)
-    with pytest.raises(WrongMessage, match="V_LISTEN_END"):
-        verbs.end(a.process, VerbsEnd(VerbsKind.LISTEN_END, 1))
 
 
 # --- pairing

@@ -19,7 +19,6 @@ from dataplane.router.verbs_wire import (
     VERBS_VERSION,
     SlotKind,
     VerbsDevice,
-    VerbsEnd,
     VerbsGrant,
     VerbsKind,
     VerbsListen,
@@ -189,8 +188,7 @@ def test_many_ends_at_once(tmp_path: Path) -> None:
     "message",
     [
         VerbsOpen(VERBS_VERSION),
-        VerbsEnd(VerbsKind.LISTEN_END, 1),
-        VerbsListen(VerbsKind.LISTEN, 1, 1, 1, 1, False, None),
+        VerbsListen(VerbsKind.LISTENING, 1, 1, 1, 1, False, None),
         VerbsRefuse(34, 1, 1, 1),
         VerbsGrant(1, 1, 1, SlotKind.CONNECTED, 0, 0, 0, 1, 1, 1, GID),
     ],
