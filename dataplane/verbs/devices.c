@@ -1,6 +1,7 @@
 /* The list of devices, with the only one if the container has it, and fork support, which nothing
  * needs: a registered page is no page that a device pins.
  */
+#include "client.h"
 #include "files.h"
 #include "port.h"
 
@@ -9,6 +10,9 @@
 
 /* Its number among the devices of the host, of which no other is seen. */
 enum { DEVICE_INDEX = 0 };
+
+/* How long a program waits for the router's answer: a router that is there takes milliseconds. */
+enum { PATIENCE = 2000 /* ms */ };
 
 /* Libraries of cards ask whose a device is by what is behind the structure in their own: nobody's.
  */
@@ -25,8 +29,10 @@ static struct {
 VERB struct ibv_device **ibv_get_device_list(int *number)
 {
         struct ibv_device **list = calloc(2, sizeof *list);
-        bool there = list && port_is_active();
+        bool there;
 
+        client_open(PATIENCE);
+        there = list && client_services() && port_is_active();
         if (there)
                 list[0] = &only.device;
         if (number)

@@ -10,7 +10,7 @@
 struct opened {
         struct opened *next;
         struct events events;
-        struct event gids_changed;
+        struct event gids_changed, port_up, port_down;
         struct verbs_context extended; /* what programs know, from its last field on */
 };
 

@@ -28,6 +28,11 @@ static void set_operations(struct verbs_context *extended)
         extended->context.abi_compat = __VERBS_ABI_IS_EXTENDED;
 }
 
+static struct ibv_async_event of_port(enum ibv_event_type type)
+{
+        return (struct ibv_async_event){.element.port_num = PORT_NUMBER, .event_type = type};
+}
+
 VERB struct ibv_context *ibv_open_device(struct ibv_device *device)
 {
         struct opened *opened = calloc(1, sizeof *opened);
@@ -46,8 +51,9 @@ VERB struct ibv_context *ibv_open_device(struct ibv_device *device)
         /* There is no command to send. Programs that ask what it is find an open descriptor. */
         opened->extended.context.cmd_fd = opened->events.fd;
         opened->extended.context.num_comp_vectors = 1;
-        opened->gids_changed.what =
-            (struct ibv_async_event){.element.port_num = PORT_NUMBER, .event_type = IBV_EVENT_GID_CHANGE};
+        opened->gids_changed.what = of_port(IBV_EVENT_GID_CHANGE);
+        opened->port_up.what = of_port(IBV_EVENT_PORT_ACTIVE);
+        opened->port_down.what = of_port(IBV_EVENT_PORT_ERR);
         mutex_take(&mutex);
         opened->next = all;
         all = opened;
@@ -82,6 +88,16 @@ void opening_tell_gids_changed(void)
         mutex_take(&mutex);
         for (struct opened *opened = all; opened; opened = opened->next)
                 events_put(&opened->events, &opened->gids_changed);
+        mutex_release(&mutex);
+}
+
+void opening_tell_port(bool active)
+{
+        mutex_take(&mutex);
+        for (struct opened *opened = all; opened; opened = opened->next) {
+                events_drop(&opened->events, active ? &opened->port_down : &opened->port_up);
+                events_put(&opened->events, active ? &opened->port_up : &opened->port_down);
+        }
         mutex_release(&mutex);
 }
 

@@ -10,7 +10,7 @@ _Atomic uint32_t port_generations;
 static struct {
         struct mutex mutex;
         uint32_t count; /* of GIDs */
-        uint32_t queue_pairs, regions;
+        uint32_t queue_pairs, regions, first;
         uint64_t guid;
         union ibv_gid gids[PORT_GIDS];
 } port;
@@ -25,23 +25,47 @@ static uint32_t lower(uint32_t said, uint32_t most)
         return said < most ? said : most;
 }
 
+/* Under the mutex. True: it is another one. */
+static bool set_gid(uint32_t index, const union ibv_gid *wanted)
+{
+        union ibv_gid *gid = &port.gids[index];
+        bool changed = memcmp(gid, wanted, sizeof *gid) != 0;
+
+        port.count += (uint32_t)is_none(gid) - (uint32_t)is_none(wanted);
+        *gid = *wanted;
+        return changed;
+}
+
+bool port_clear(uint32_t index)
+{
+        const union ibv_gid none = {0};
+        bool changed;
+
+        mutex_take(&port.mutex);
+        changed = set_gid(index, &none);
+        mutex_release(&port.mutex);
+        return changed;
+}
+
 bool port_set(const struct port_place *place)
 {
-        union ibv_gid *gid;
         bool changed;
 
         if (place->index >= PORT_GIDS)
                 return false;
         mutex_take(&port.mutex);
-        gid = &port.gids[place->index];
-        changed = memcmp(gid, &place->gid, sizeof *gid) != 0;
-        port.count += (uint32_t)is_none(gid) - (uint32_t)is_none(&place->gid);
-        *gid = place->gid;
+        changed = set_gid(place->index, &place->gid);
+        port.first = place->first;
         port.guid = place->guid;
         port.queue_pairs = lower(place->queue_pairs, MOST_QUEUE_PAIRS);
         port.regions = lower(place->regions, MOST_REGIONS);
         mutex_release(&port.mutex);
         return changed;
+}
+
+void port_lose(void)
+{
+        atomic_fetch_add_explicit(&port_generations, 1, memory_order_relaxed);
 }
 
 void port_forget(void)
@@ -50,7 +74,8 @@ void port_forget(void)
         port.mutex = (struct mutex){0};
         port.count = 0;
         memset(port.gids, 0, sizeof port.gids);
-        atomic_fetch_add_explicit(&port_generations, 1, memory_order_relaxed);
+        port.first = 0;
+        port_lose();
 }
 
 /* A copy of a word that the router may change. */
@@ -82,6 +107,11 @@ uint32_t port_most_queue_pairs(void)
 uint32_t port_most_regions(void)
 {
         return COPY_OF(regions);
+}
+
+uint32_t port_first_number(void)
+{
+        return COPY_OF(first);
 }
 
 bool port_gid(uint32_t index, union ibv_gid *gid)

@@ -34,14 +34,18 @@ enum {
 struct port_place {
         uint32_t index;
         uint32_t queue_pairs, regions; /* limits */
+        uint32_t first;                /* of the numbers of the process's queue pairs */
         uint64_t guid;
         union ibv_gid gid; /* 0: none */
 };
 
 /* The router has said this of a place in the table. True: its GID is another one. */
 bool port_set(const struct port_place *place);
-/* In a child of fork(), or where there is no library any more: nothing is known, and what was
- * opened is lost. */
+/* No GID is in this place. True: one was. */
+bool port_clear(uint32_t index);
+/* What is opened now is lost. */
+void port_lose(void);
+/* In a child of fork(): that, and nothing is known. */
 void port_forget(void);
 /* Of what is opened now. What has another one is lost. */
 extern _Atomic uint32_t port_generations;
@@ -58,5 +62,6 @@ bool port_gid(uint32_t index, union ibv_gid *gid);
 __be64 port_guid(void);
 uint32_t port_most_queue_pairs(void);
 uint32_t port_most_regions(void);
+uint32_t port_first_number(void);
 
 #endif

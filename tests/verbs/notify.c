@@ -9,6 +9,7 @@
  * programs do, before and after they have read the event. A sleep that nobody ends is an event that
  * was lost: the exit code is 1.
  */
+#include "../../dataplane/verbs/client.h"
 #include "../../dataplane/verbs/cq.h"
 #include "../../dataplane/verbs/files.h"
 #include "../../dataplane/verbs/opened.h"
@@ -31,6 +32,20 @@ enum { QUEUES = 3, SENDERS = 2, SLEEPERS = 2, LIMIT = 64, PATIENCE = 20 };
 
 static struct ibv_context *context;
 static uint64_t seed;
+
+/* What devices.c needs of a router: the port is as set_gid() says. */
+const struct freeflow_services *client_services(void)
+{
+        static const struct freeflow_services services;
+
+        return &services;
+}
+
+bool client_open(int patience)
+{
+        (void)patience;
+        return true;
+}
 
 static void fail(const char *what, int line)
 {

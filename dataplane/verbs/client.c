@@ -1,0 +1,306 @@
+#include "client.h"
+
+#include "mutex.h"
+#include "opening.h"
+#include "port.h"
+
+#include <dlfcn.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <time.h>
+
+static const struct freeflow_services *_Atomic services;
+static const struct client_user *_Atomic user;
+static _Atomic int arrivals = -1; /* an eventfd: messages are kept for us */
+
+static struct mutex opening;   /* while a thread asks for the device */
+static struct mutex receiving; /* while a thread takes messages */
+
+/* Under `receiving`: what this socket's router has said of the port. */
+static struct {
+        uint32_t epoch;
+        bool asked;    /* by V_OPEN */
+        bool complete; /* of each place in the table there is word */
+        uint64_t told[PORT_GIDS / 64];
+} port_of_router;
+
+/* --- calls of the library --- */
+
+static void arrived(void)
+{
+        const struct freeflow_services *here = atomic_load(&services);
+        int fd = atomic_load(&arrivals);
+        uint64_t one = 1;
+
+        if (fd >= 0 && here->is_own_descriptor(fd))
+                sys_3(SYS_write, fd, &one, sizeof one);
+}
+
+/* It is checked before each use. */
+static void descriptors_lost(void)
+{
+}
+
+static void forked(void)
+{
+        const struct client_user *told = atomic_load(&user);
+
+        /* Other threads of the parent may have had the mutexes. */
+        opening = receiving = (struct mutex){0};
+        memset(&port_of_router, 0, sizeof port_of_router);
+        atomic_store(&arrivals, -1);
+        port_forget();
+        opening_forget();
+        if (told)
+                told->forked();
+}
+
+static void retired(void)
+{
+        const struct client_user *told = atomic_load(&user);
+
+        port_lose();
+        if (told)
+                told->retired();
+}
+
+static const struct verbs_client ours = {
+    .arrived = arrived,
+    .descriptors_lost = descriptors_lost,
+    .forked = forked,
+    .retired = retired,
+};
+
+/* --- the library --- */
+
+static const struct freeflow_services *find_services(void)
+{
+        const struct freeflow_services *found = dlsym(RTLD_DEFAULT, SERVICES_NAME);
+
+        if (!found || found->magic != SERVICES_MAGIC || found->version != SERVICES_VERSION ||
+            found->size != sizeof *found)
+                return NULL;
+        if (!found->attach(&ours))
+                return NULL;
+        atomic_store(&services, found);
+        return found;
+}
+
+const struct freeflow_services *client_services(void)
+{
+        const struct freeflow_services *found = atomic_load(&services);
+
+        return found && found->is_here() ? found : NULL;
+}
+
+void client_serve(const struct client_user *wanted)
+{
+        atomic_store(&user, wanted);
+}
+
+int client_descriptor(void)
+{
+        const struct freeflow_services *here = client_services();
+        int fd = atomic_load(&arrivals), none = fd;
+
+        if (!here)
+                return -1;
+        if (fd >= 0 && here->is_own_descriptor(fd))
+                return fd;
+        fd = here->own_descriptor((int)sys_2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
+        if (fd < 0 || atomic_compare_exchange_strong(&arrivals, &none, fd))
+                return fd;
+        here->close_own(fd);
+        return none;
+}
+
+/* --- messages --- */
+
+static bool is_told(uint32_t place)
+{
+        return port_of_router.told[place / 64] >> (place % 64) & 1;
+}
+
+/* Has the router said something of each of so many places? The others have no GID then. */
+static bool is_all(uint32_t places)
+{
+        for (uint32_t i = 0; i < PORT_GIDS && i < places; i++)
+                if (!is_told(i))
+                        return false;
+        return true;
+}
+
+/* True: a GID is another one. */
+static bool clear_others(void)
+{
+        bool changed = false;
+
+        for (uint32_t i = 0; i < PORT_GIDS; i++)
+                if (!is_told(i))
+                        changed |= port_clear(i);
+        return changed;
+}
+
+/* True: a GID is another one. */
+static bool set_place(const struct v_device *device)
+{
+        struct port_place place = {
+            .index = device->index,
+            .queue_pairs = device->queue_pairs,
+            .regions = device->regions,
+            .first = device->qpn_first,
+            .guid = device->guid,
+        };
+
+        memcpy(place.gid.raw, device->gid.bytes, sizeof place.gid.raw);
+        if (device->index < PORT_GIDS)
+                port_of_router.told[device->index / 64] |= UINT64_C(1) << (device->index % 64);
+        return port_set(&place);
+}
+
+/* There is no device. But a router that has just started may not know of the container yet: what
+ * the one before has said holds until this one has described a device. True: a GID is another one.
+ */
+static bool withdraw(void)
+{
+        const uint64_t nothing[PORT_GIDS / 64] = {0};
+        bool described = memcmp(port_of_router.told, nothing, sizeof nothing) != 0;
+
+        memset(port_of_router.told, 0, sizeof port_of_router.told);
+        return described && clear_others();
+}
+
+static void describe(const struct verbs_message *message)
+{
+        const struct v_device *device = &message->device;
+        bool active = port_is_active(), changed;
+
+        if (message->epoch != port_of_router.epoch)
+                return;
+        changed = device->count ? set_place(device) : withdraw();
+        if (is_all(device->count)) {
+                changed |= device->count && clear_others();
+                port_of_router.complete = true;
+        }
+        if (changed)
+                opening_tell_gids_changed();
+        if (active != port_is_active())
+                opening_tell_port(!active);
+}
+
+/* Nobody wants what this message brings. */
+static void give_back(const struct freeflow_services *here, struct verbs_message *message)
+{
+        if (message->header.kind == V_GRANT && !message->reason)
+                here->release(&message->place);
+        if (message->descriptor >= 0)
+                here->close_own(message->descriptor);
+}
+
+void client_receive(void)
+{
+        const struct freeflow_services *here = client_services();
+        const struct client_user *told = atomic_load(&user);
+        int fd = client_descriptor();
+        struct verbs_message message;
+        uint64_t count;
+
+        if (!here)
+                return;
+        mutex_take(&receiving);
+        if (fd >= 0)
+                sys_3(SYS_read, fd, &count, sizeof count);
+        while (here->receive(&message))
+                if (message.header.kind == V_DEVICE)
+                        describe(&message);
+                else if (told)
+                        told->handle(&message);
+                else
+                        give_back(here, &message);
+        mutex_release(&receiving);
+}
+
+/* --- the device --- */
+
+static uint64_t milliseconds(void)
+{
+        struct timespec time;
+
+        sys_2(SYS_clock_gettime, CLOCK_MONOTONIC, &time);
+        return (uint64_t)time.tv_sec * 1000 + (uint64_t)time.tv_nsec / 1000000;
+}
+
+/* Ask by this socket, unless that has been done. False: it is lost. */
+static bool ask(const struct freeflow_services *here, uint32_t epoch)
+{
+        struct v_open open = {.message = {.kind = V_OPEN, .size = sizeof open},
+                              .version = VERBS_VERSION,
+                              .qpn_first = port_first_number()};
+        bool asked;
+
+        mutex_take(&receiving);
+        if (port_of_router.epoch != epoch || !port_of_router.asked) {
+                memset(&port_of_router, 0, sizeof port_of_router);
+                port_of_router.epoch = epoch;
+                port_of_router.asked = here->send(&open, sizeof open, epoch) == 0;
+        }
+        asked = port_of_router.asked;
+        mutex_release(&receiving);
+        return asked;
+}
+
+static bool is_described(uint32_t epoch)
+{
+        bool described;
+
+        client_receive();
+        mutex_take(&receiving);
+        described = port_of_router.epoch == epoch && port_of_router.complete;
+        mutex_release(&receiving);
+        return described;
+}
+
+/* Wait until something may have come. */
+static void wait_for_message(const struct freeflow_services *here, int patience)
+{
+        const struct timespec pause = {.tv_sec = patience / 1000, .tv_nsec = patience % 1000 * 1000000L};
+        struct pollfd sources[] = {{.fd = here->router_descriptor(), .events = POLLIN},
+                                   {.fd = client_descriptor(), .events = POLLIN}};
+
+        sys_5(SYS_ppoll, sources, 2, &pause, 0, 0);
+}
+
+static bool open_before(const struct freeflow_services *here, uint64_t deadline)
+{
+        uint32_t epoch;
+
+        for (;;) {
+                uint64_t now = milliseconds();
+                int left = now < deadline ? (int)(deadline - now) : 0;
+
+                if (here->reach(&epoch, left) || !ask(here, epoch))
+                        return false;
+                if (is_described(epoch))
+                        return true;
+                if (!left)
+                        return false;
+                wait_for_message(here, left);
+        }
+}
+
+bool client_open(int patience)
+{
+        uint64_t deadline = milliseconds() + (uint64_t)patience;
+        const struct freeflow_services *here;
+        bool described;
+
+        /* Before the mutex: in a child of fork another thread of the parent may have had it. */
+        here = client_services();
+        mutex_take(&opening);
+        if (!here && !atomic_load(&services))
+                here = find_services();
+        described = here && client_descriptor() >= 0 && open_before(here, deadline);
+        mutex_release(&opening);
+        return described;
+}

@@ -1,0 +1,33 @@
+/* The library that has the router's socket, and what the router says of the device.
+ *
+ * libfreeflow.so and the router are asked when a program asks for devices, and not before. What the
+ * router says later is taken by whoever waits for it: client_receive().
+ */
+#ifndef FREEFLOW_CLIENT_H
+#define FREEFLOW_CLIENT_H
+
+#include "../library/services.h"
+
+/* Who has queue pairs and connections. */
+struct client_user {
+        /* A message that is not about the device. What came with it is the receiver's. Only one
+         * thread at a time is here; it must not call client_receive(). */
+        void (*handle)(struct verbs_message *message);
+        /* As those of struct verbs_client. */
+        void (*forked)(void);
+        void (*retired)(void);
+};
+
+/* NULL: there is no device in this process, or no more. */
+const struct freeflow_services *client_services(void);
+/* Ask the router for the device, unless this socket's router has been. Waits until it has described
+ * all of the port, at most `patience` ms, if it has not done so before. False: it hasn't. */
+bool client_open(int patience);
+/* Take all that the router has said. */
+void client_receive(void);
+/* Readable when client_receive() has something to take that somebody else has read from the
+ * router's socket; -1: there is no such descriptor. Whoever waits looks at the socket as well. */
+int client_descriptor(void);
+void client_serve(const struct client_user *user);
+
+#endif
