@@ -1,0 +1,106 @@
+"""rdma-core's own tests of devices, which come with Debian's pyverbs, on our device.
+
+Each test of the modules in `MODULES` runs and passes, but those in `LEFT_OUT`. A test that skips
+itself counts as one that fails.
+
+They run in processes of the system's Python, since Debian packages pyverbs for that one: this file
+is its program as well, and imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+import unittest
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+MODULES: Final = ("test_device", "test_cq", "test_cqex", "test_cq_events")
+_NO_QUEUE_PAIRS: Final = "there are no queue pairs yet"
+_NO_DEVICE_MEMORY: Final = "there is no memory on the device: max_dm_size is 0"
+LEFT_OUT: Final = {
+    "test_device.DMTest": _NO_DEVICE_MEMORY,
+    "test_device.SharedDMTest": _NO_DEVICE_MEMORY,
+    "test_cq.CQTest": _NO_QUEUE_PAIRS,
+    "test_cqex.CqExTestCase.test_ud_traffic_cq_ex": _NO_QUEUE_PAIRS,
+    "test_cqex.CqExTestCase.test_rc_traffic_cq_ex": _NO_QUEUE_PAIRS,
+    "test_cqex.CqExTestCase.test_xrc_traffic_cq_ex": "XRC is not supported",
+    "test_cq_events": _NO_QUEUE_PAIRS,
+}
+"""Modules, classes and tests, each with the reason."""
+SAYS_LEFT_OUT: Final = "left out"
+"""The outcome of those."""
+ROOT: Final = Path(os.environ.get("PYVERBS_ROOT", "/"))
+"""Where Debian's package is unpacked."""
+PACKAGES: Final = ROOT / "usr/lib/python3/dist-packages"
+SOURCES: Final = ROOT / "usr/share/doc/rdma-core/tests"
+PYTHON: Final = Path("/usr/bin/python3")
+_ARGUMENTS: Final = """
+from args_parser import parser
+parser.args = dict(dev=None, pci_dev=None, port=1, gid=None, gpu=0, gtt=False, list_tests=False)
+"""
+"""What their `__init__.py` becomes: theirs loads all modules, also those for certain cards."""
+
+
+def unpack(folder: Path) -> None:
+    """Write the tests into a folder, as Debian compresses most of them."""
+    to = folder / "tests"
+    to.mkdir()
+    for source in SOURCES.iterdir():
+        data = source.read_bytes()
+        if source.suffix == ".gz":
+            (to / source.stem).write_bytes(gzip.decompress(data))
+        else:
+            (to / source.name).write_bytes(data)
+    (to / "__init__.py").write_text(_ARGUMENTS)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What a process needs to find the unpacked tests and pyverbs."""
+    return {"PYTHONPATH": f"{PACKAGES}:{folder}:{folder / 'tests'}"}
+
+
+def reason(test: str) -> str | None:
+    """Why a test is left out; None: it is not."""
+    module, _, rest = test.partition(".")
+    case = rest.partition(".")[0]
+    return LEFT_OUT.get(module) or LEFT_OUT.get(f"{module}.{case}") or LEFT_OUT.get(test)
+
+
+def outcome(test: unittest.TestCase) -> str | None:
+    """Run a test. None: it has passed; otherwise what it said."""
+    result = unittest.TestResult()
+    test.run(result)
+    said = [*result.errors, *result.failures, *result.skipped]
+    return "\n".join(why for _, why in said) or None
+
+
+def tests_of(suite: unittest.TestSuite) -> list[unittest.TestCase]:
+    """All tests of a suite and of those in it."""
+    found: list[unittest.TestCase] = []
+    for each in suite:
+        found += tests_of(each) if isinstance(each, unittest.TestSuite) else [each]
+    return found
+
+
+def run(module: ModuleType) -> dict[str, str | None]:
+    """The outcomes of a module's tests."""
+    said = {}
+    for test in tests_of(unittest.defaultTestLoader.loadTestsFromModule(module)):
+        name = test.id().removeprefix("tests.")
+        said[name] = SAYS_LEFT_OUT if reason(name) else outcome(test)
+    return said
+
+
+def main() -> None:
+    """Print what the tests of a module came to."""
+    name = f"tests.{sys.argv[1]}"
+    __import__(name)
+    print(json.dumps(run(sys.modules[name])))
+
+
+if __name__ == "__main__":
+    main()
