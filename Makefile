@@ -40,7 +40,7 @@ build/libfreeflow.so: $(wildcard dataplane/library/*)
 
 verbs: build/verbs/libibverbs.so.1 ## build the libibverbs that containers preload
 
-build/verbs/libibverbs.so.1: $(wildcard dataplane/verbs/* dataplane/library/*.h)
+build/verbs/libibverbs.so.1: $(wildcard dataplane/verbs/* dataplane/verbs/companion/* dataplane/library/*.h)
 	@plugin/image/setup.sh
 	dataplane/verbs/build.sh $@
 

@@ -3,9 +3,9 @@
 #
 #   build.sh OUTPUT [SANITIZER]      SANITIZER: address,undefined or thread, for tests on this machine
 #
-# Like libfreeflow.so it is linked against no C library, and names what it needs of one without a version. The companion has no
-# symbols: programs that load "libibverbs.so" by that name get it instead of their own, and find the symbols in the library that
-# it depends on. musl looks for that one by its path, though it is loaded already.
+# Like libfreeflow.so both are linked against no C library, and name what they need of one without a version. Programs that load
+# "libibverbs.so" by that name get the companion instead of their own, and find the symbols in the library that it depends on.
+# musl looks for that one by its path, though it is loaded already. The companion wraps calls of the C library: virtual.h.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -37,6 +37,6 @@ fi
     -Wl,--version-script="$made/symbols.map" -o "$output.new"
 mv "$output.new" "$output"
 # shellcheck disable=SC2016
-"$compiler" -shared -nostdlib -Wl,-z,noexecstack -Wl,-soname,libibverbs.so -Wl,--no-as-needed "$output" \
+"$compiler" "$@" -fno-sanitize=all "$here"/companion/*.c -nostdlib -Wl,-soname,libibverbs.so -Wl,--no-as-needed "$output" \
     -Wl,--enable-new-dtags -Wl,-rpath,'$ORIGIN' -o "$folder/libibverbs.so.new"
 mv "$folder/libibverbs.so.new" "$folder/libibverbs.so"

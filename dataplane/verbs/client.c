@@ -1,5 +1,6 @@
 #include "client.h"
 
+#include "files.h"
 #include "mutex.h"
 #include "opening.h"
 #include "port.h"
@@ -84,6 +85,7 @@ static const struct freeflow_services *find_services(void)
         if (!found->attach(&ours))
                 return NULL;
         atomic_store(&services, found);
+        files_show();
         return found;
 }
 

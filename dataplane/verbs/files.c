@@ -2,9 +2,20 @@
 
 #include "interfaces.h"
 #include "port.h"
+#include "virtual.h"
 
+#include "../library/sys.h"
+
+#include <dlfcn.h>
 #include <endian.h>
 #include <string.h>
+#include <unistd.h>
+
+/* Programs look whether it is a character device that they may use, and nothing more. */
+#define DEVICE_FILE "/dev/infiniband/" DEVICE_NAME
+#define SOME_DEVICE "/dev/null"
+
+enum { READ_ONLY = 0444 };
 
 /* Words are put one behind the other. */
 struct line {
@@ -159,4 +170,39 @@ bool file_text(const char *path, char text[FILE_TEXT])
                 return false;
         add(&line, "\n");
         return true;
+}
+
+/* --- for the companion */
+
+static const char *other_file(const char *path)
+{
+        return strcmp(path, DEVICE_FILE) ? NULL : SOME_DEVICE;
+}
+
+static int open_file(const char *path, int cloexec)
+{
+        char text[FILE_TEXT];
+        size_t length;
+        long fd;
+
+        /* Most paths are others. */
+        if (strncmp(path, SYSFS_FOLDER, strlen(SYSFS_FOLDER)) || !file_text(path, text))
+                return -1;
+        fd = sys_2(SYS_memfd_create, DEVICE_NAME, cloexec ? MFD_CLOEXEC : 0);
+        if (fd < 0)
+                return -1;
+        length = strlen(text);
+        if (sys_4(SYS_pwrite64, fd, text, length, 0) == (long)length && !sys_2(SYS_fchmod, fd, READ_ONLY))
+                return (int)fd;
+        sys_1(SYS_close, fd);
+        return -1;
+}
+
+void files_show(void)
+{
+        static const struct virtual_files shown = {.other = other_file, .open = open_file};
+        virtual_files *wrapped = dlsym(RTLD_DEFAULT, VIRTUAL_NAME);
+
+        if (wrapped)
+                atomic_store_explicit(wrapped, &shown, memory_order_release);
 }

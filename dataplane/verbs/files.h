@@ -1,4 +1,4 @@
-/* What the files of the device in /sys and /dev say, for programs that read them. */
+/* The files of the device in /sys and /dev, for programs that read them. */
 #ifndef FREEFLOW_FILES_H
 #define FREEFLOW_FILES_H
 
@@ -8,11 +8,14 @@
 enum { FILE_TEXT = 128 /* bytes of the longest text, with its end */ };
 
 #define DEVICE_NAME "freeflow0"
-#define SYSFS_DEVICE "/sys/class/infiniband/" DEVICE_NAME
-#define SYSFS_VERBS "/sys/class/infiniband_verbs/" DEVICE_NAME
+#define SYSFS_FOLDER "/sys/class/infiniband" /* that all paths begin with */
+#define SYSFS_DEVICE SYSFS_FOLDER "/" DEVICE_NAME
+#define SYSFS_VERBS SYSFS_FOLDER "_verbs/" DEVICE_NAME
 
 /* The text of a file of sysfs, whose path has no unnecessary parts: one line. False: the device has
  * no such file. */
 bool file_text(const char *path, char text[FILE_TEXT]);
+/* From now on programs can open the files themselves. */
+void files_show(void);
 
 #endif
