@@ -110,6 +110,20 @@ uint32_t completions_take(struct completions *queue, uint32_t most, struct ibv_w
         return taken;
 }
 
+void completions_drop(struct completions *queue, uint32_t number)
+{
+        uint32_t head, tail, kept;
+
+        mutex_take(&queue->mutex);
+        head = kept = atomic_load_explicit(&queue->head, memory_order_relaxed);
+        tail = atomic_load_explicit(&queue->tail, memory_order_relaxed);
+        for (; head != tail; head++)
+                if (queue->entries[head & queue->mask].qp_num != number)
+                        queue->entries[kept++ & queue->mask] = queue->entries[head & queue->mask];
+        atomic_store_explicit(&queue->tail, kept, memory_order_relaxed);
+        mutex_release(&queue->mutex);
+}
+
 enum completion_outcome completions_settle(struct completions *queue)
 {
         bool event;

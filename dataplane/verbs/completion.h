@@ -50,6 +50,8 @@ enum completion_outcome completions_put(struct completions *queue, const struct 
                                         bool solicited, bool polling);
 /* Take the oldest ones, `most` at most. Returns their number. */
 uint32_t completions_take(struct completions *queue, uint32_t most, struct ibv_wc *completions);
+/* Forget those of a queue pair. */
+void completions_drop(struct completions *queue, uint32_t number);
 /* A thread that polls has taken what it wanted. */
 enum completion_outcome completions_settle(struct completions *queue);
 /* The next completion causes an event, or the next solicited one. */

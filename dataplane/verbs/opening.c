@@ -3,7 +3,10 @@
 
 #include "attributes.h"
 #include "cq.h"
+#include "memory.h"
 #include "opened.h"
+#include "post.h"
+#include "qp.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -18,12 +21,17 @@ static void set_operations(struct verbs_context *extended)
             .query_port = attributes_port,
             .modify_cq = cq_modify,
             .create_cq_ex = cq_create_extended,
+            .create_qp_ex = qp_create_extended,
             .query_device_ex = attributes_device,
             .sz = sizeof *extended,
         };
         extended->context.ops = (struct ibv_context_ops){
             .poll_cq = cq_poll,
             .req_notify_cq = cq_request,
+            .alloc_mw = memory_add_window,
+            .dealloc_mw = memory_remove_window,
+            .post_send = post_send,
+            .post_recv = post_receive,
         };
         extended->context.abi_compat = __VERBS_ABI_IS_EXTENDED;
 }

@@ -70,6 +70,8 @@ static bool is_valid_immediate(const struct record *record)
 {
         if (record->operation == RECORD_REFUSED)
                 return record->immediate && record->immediate < REFUSALS;
+        if (record->operation == RECORD_CREDIT)
+                return record->immediate < RECORD_TIMES;
         return !record->immediate || record->flags & (RECORD_IMMEDIATE | RECORD_INVALIDATE);
 }
 

@@ -25,8 +25,8 @@
  *                             asked for
  *      DONE    none           0          request's 0                    0       0                   0
  *      REFUSED none           0          request's enum record_refusal  0       0                   0
- *      CREDIT  none           0          0         0                    0       receives posted     0
- *                                                                               since the beginning
+ *      CREDIT  none           0          0         code of the time     0       receives posted     0
+ *                                                   to wait for more             since the beginning
  *      CLOSE   none           0          0         0                    0       0                   0
  */
 /* clang-format on */
@@ -99,6 +99,7 @@ enum {
         RECORD_PIECE = 64 * 1024,            /* bytes of a payload, at most */
         RECORD_MESSAGE = 1024 * 1024 * 1024, /* bytes of a message or a write, at most */
         RECORD_DATAGRAM_BYTES = 4096,
+        RECORD_TIMES = 32, /* codes of CREDIT: values of min_rnr_timer */
 };
 
 struct record {

@@ -113,7 +113,7 @@ static const struct record examples[] = {
     {.operation = RECORD_RESPONSE, .length = 77, .psn = 5},
     {.operation = RECORD_DONE, .psn = 5},
     {.operation = RECORD_REFUSED, .psn = 5, .immediate = REFUSED_ACCESS},
-    {.operation = RECORD_CREDIT, .total = 1000},
+    {.operation = RECORD_CREDIT, .total = 1000, .immediate = RECORD_TIMES - 1},
     {.operation = RECORD_CLOSE},
 };
 
@@ -193,6 +193,7 @@ static void check_changes(void)
         REJECTS(REFUSED, immediate = REFUSALS);
         REJECTS(CREDIT, psn = 1);
         REJECTS(CREDIT, length = 1);
+        REJECTS(CREDIT, immediate = RECORD_TIMES);
         REJECTS(CLOSE, psn = 1);
         REJECTS(CLOSE, total = 1);
 }

@@ -16,16 +16,29 @@ from tests.verbs.conftest import BUILD, HEADER
 
 SOURCE = Path(__file__).with_name("notify.c")
 TESTED = (
+    "attribute_masks",
     "attributes",
     "channel",
     "completion",
     "cq",
     "devices",
+    "executor",
     "files",
     "interfaces",
+    "keys",
+    "memory",
+    "numbers",
     "opening",
     "port",
+    "post",
+    "post_ex",
+    "progress",
+    "qp",
+    "queue_pair",
+    "record",
+    "requester",
     "sysfs",
+    "work",
 )
 SECONDS = os.environ.get("TORTURE_SECONDS", "1")
 

@@ -1,0 +1,305 @@
+#include "executor.h"
+
+enum { BATCH = 64, WORD = 8 };
+
+/* What becomes of the next record. */
+enum step {
+        STEP_DONE,    /* it is executed */
+        STEP_LATER,   /* it waits for a receive, or for room for its answer */
+        STEP_CORRUPT, /* the other side breaks the rules */
+        STEP_STOP,    /* it is refused */
+};
+
+static enum step refuse(struct queue_pair *queue, enum record_refusal refusal, enum queue_event event)
+{
+        mutex_take(&queue->sending);
+        queue->refused = queue->receiver.now.psn;
+        queue->refusal = refusal;
+        mutex_release(&queue->sending);
+        queue_fail(queue, event);
+        return STEP_STOP;
+}
+
+static struct key_use remote_use(const struct queue_pair *queue, uint32_t access, uint64_t length)
+{
+        const struct record *record = &queue->receiver.now;
+
+        return (struct key_use){.key = record->rkey,
+                                .domain = queue->domain,
+                                .queue = queue->plain.qp_base.qp_num,
+                                .access = access,
+                                .address = record->address,
+                                .length = length};
+}
+
+static bool allows(const struct queue_pair *queue, unsigned int access)
+{
+        return queue->attributes.qp_access_flags & access;
+}
+
+/* Copy a payload that may be watched: whoever sees its last byte sees all of it. */
+static void take_in_order(struct record_receiver *receiver, struct cursor *cursor, uint32_t length)
+{
+        if (length > WORD) {
+                record_take(receiver, cursor, length - WORD);
+                length = WORD;
+                atomic_thread_fence(memory_order_release);
+        }
+        record_take(receiver, cursor, length);
+}
+
+/* --- receives */
+
+/* Take a receive, if there is one. */
+static bool begin_receive(struct queue_pair *queue)
+{
+        if (!receive_queue_take(&queue->receives, &queue->now))
+                return false;
+        atomic_fetch_add_explicit(&queue->consumed, 1, memory_order_relaxed);
+        queue->busy = true;
+        queue->spot = (struct work_spot){0};
+        return true;
+}
+
+/* Complete it; what is in the last piece's header goes along. */
+static void end_receive(struct queue_pair *queue, enum ibv_wc_opcode opcode, enum ibv_wc_status status,
+                        const struct cq *polled)
+{
+        const struct record *record = &queue->receiver.now;
+        struct ibv_wc wc = {.status = status, .opcode = opcode, .byte_len = record->total};
+
+        if (record->flags & RECORD_IMMEDIATE) {
+                wc.wc_flags = IBV_WC_WITH_IMM;
+                wc.imm_data = record->immediate;
+        } else if (record->flags & RECORD_INVALIDATE) {
+                wc.wc_flags = IBV_WC_WITH_INV;
+                wc.invalidated_rkey = record->immediate;
+        }
+        queue->busy = false;
+        queue_complete_receive(queue, &wc, record->flags & RECORD_SOLICITED, polled);
+}
+
+static enum step refuse_send(struct queue_pair *queue, enum ibv_wc_status status, enum record_refusal refusal,
+                             const struct cq *polled)
+{
+        end_receive(queue, IBV_WC_RECV, status, polled);
+        return refuse(queue, refusal, QUEUE_REQUEST_ERROR);
+}
+
+static enum step take_send(struct queue_pair *queue, const struct cq *polled)
+{
+        const struct record *record = &queue->receiver.now;
+        struct work_memory memory = {
+            .pieces = queue->now.pieces, .domain = queue->domain, .access = KEY_LOCAL_WRITE};
+        struct work_held held;
+        struct cursor cursor = {.vec = held.vec};
+
+        if (!queue->busy && !begin_receive(queue))
+                return STEP_LATER;
+        if (record->total > queue->now.room)
+                return refuse_send(queue, IBV_WC_LOC_LEN_ERR, REFUSED_REQUEST, polled);
+        memory.count = queue->now.count;
+        if (!work_hold(&memory, &queue->spot, record->length, &held))
+                return refuse_send(queue, IBV_WC_LOC_PROT_ERR, REFUSED_OPERATION, polled);
+        record_take(&queue->receiver, &cursor, record->length);
+        work_let_go(&held);
+        if (!(record->flags & RECORD_LAST))
+                return STEP_DONE;
+        if (record->flags & RECORD_INVALIDATE &&
+            !memory_invalidate(record->immediate, queue->domain, queue->plain.qp_base.qp_num))
+                return refuse_send(queue, IBV_WC_LOC_QP_OP_ERR, REFUSED_OPERATION, polled);
+        end_receive(queue, IBV_WC_RECV, IBV_WC_SUCCESS, polled);
+        return STEP_DONE;
+}
+
+/* --- one-sided operations */
+
+/* Is the whole write allowed? Checked at its first piece. */
+static bool may_write(const struct queue_pair *queue)
+{
+        struct key_use use = remote_use(queue, KEY_REMOTE_WRITE, queue->receiver.now.total);
+        unsigned char *first;
+
+        if (!allows(queue, IBV_ACCESS_REMOTE_WRITE))
+                return false;
+        if (!use.length)
+                return true;
+        if (key_hold(&memory_keys, &use, &first) != KEY_HELD)
+                return false;
+        key_release(&memory_keys, use.key);
+        return true;
+}
+
+static enum step take_write(struct queue_pair *queue, const struct cq *polled)
+{
+        const struct record *record = &queue->receiver.now;
+        struct key_use use = remote_use(queue, KEY_REMOTE_WRITE, record->length);
+        struct iovec vec = {.iov_len = record->length};
+        struct cursor cursor = {.vec = &vec};
+        unsigned char *first;
+
+        if (record->flags & RECORD_FIRST && !may_write(queue))
+                return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
+        if (record->flags & RECORD_IMMEDIATE && !queue->busy && !begin_receive(queue))
+                return STEP_LATER;
+        if (record->length) {
+                if (key_hold(&memory_keys, &use, &first) != KEY_HELD)
+                        return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
+                vec.iov_base = first;
+                take_in_order(&queue->receiver, &cursor, record->length);
+                key_release(&memory_keys, use.key);
+        }
+        if (record->flags & RECORD_IMMEDIATE)
+                end_receive(queue, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, polled);
+        return STEP_DONE;
+}
+
+/* Put an answer with these bytes. */
+static enum step answer(struct queue_pair *queue, void *bytes, uint32_t length)
+{
+        struct iovec vec = {.iov_base = bytes, .iov_len = length};
+        struct cursor cursor = {.vec = &vec};
+        struct record response = {
+            .length = length, .operation = RECORD_RESPONSE, .psn = queue->receiver.now.psn};
+        enum record_outcome outcome;
+
+        mutex_take(&queue->sending);
+        outcome = record_put(&queue->sender, &response, &cursor);
+        mutex_release(&queue->sending);
+        if (outcome == RECORD_OK)
+                return STEP_DONE;
+        return outcome == RECORD_WAIT ? STEP_LATER : STEP_CORRUPT;
+}
+
+static enum step take_read(struct queue_pair *queue)
+{
+        const struct record *record = &queue->receiver.now;
+        struct key_use use = remote_use(queue, KEY_REMOTE_READ, record->total);
+        unsigned char *first = NULL;
+        enum step step;
+
+        if (!queue->attributes.max_dest_rd_atomic)
+                return refuse(queue, REFUSED_REQUEST, QUEUE_REQUEST_ERROR);
+        if (!allows(queue, IBV_ACCESS_REMOTE_READ) ||
+            (use.length && key_hold(&memory_keys, &use, &first) != KEY_HELD))
+                return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
+        step = answer(queue, first, record->total);
+        if (use.length)
+                key_release(&memory_keys, use.key);
+        return step;
+}
+
+/* Execute an atomic operation on a word of the program's. */
+static uint64_t change(struct record_receiver *receiver, _Atomic uint64_t *word)
+{
+        uint64_t operands[2] = {0};
+        struct iovec vec = {.iov_base = operands, .iov_len = sizeof operands};
+        struct cursor cursor = {.vec = &vec};
+
+        record_take(receiver, &cursor, receiver->now.length);
+        if (receiver->now.operation == RECORD_ADD)
+                return atomic_fetch_add(word, operands[0]);
+        /* Also if it fails, it is set to the word as it was. */
+        atomic_compare_exchange_strong(word, &operands[0], operands[1]);
+        return operands[0];
+}
+
+/* The answer may have to wait, the operation must not be executed again then. */
+static enum step take_atomic(struct queue_pair *queue)
+{
+        const struct record *record = &queue->receiver.now;
+        struct key_use use = remote_use(queue, KEY_REMOTE_ATOMIC, WORD);
+        unsigned char *first;
+        enum step step;
+
+        if (!queue->swapped) {
+                if (record->address % WORD || !queue->attributes.max_dest_rd_atomic)
+                        return refuse(queue, REFUSED_REQUEST, QUEUE_REQUEST_ERROR);
+                if (!allows(queue, IBV_ACCESS_REMOTE_ATOMIC) ||
+                    key_hold(&memory_keys, &use, &first) != KEY_HELD)
+                        return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
+                if ((uintptr_t)first % WORD) {
+                        key_release(&memory_keys, use.key);
+                        return refuse(queue, REFUSED_REQUEST, QUEUE_REQUEST_ERROR);
+                }
+                queue->swapped_from = change(&queue->receiver, (_Atomic uint64_t *)(void *)first);
+                key_release(&memory_keys, use.key);
+                queue->swapped = true;
+        }
+        step = answer(queue, &queue->swapped_from, WORD);
+        if (step == STEP_DONE)
+                queue->swapped = false;
+        return step;
+}
+
+/* --- */
+
+static enum step execute(struct queue_pair *queue, const struct cq *polled)
+{
+        bool fits;
+
+        switch (queue->receiver.now.operation) {
+        case RECORD_SEND:
+                return take_send(queue, polled);
+        case RECORD_WRITE:
+                return take_write(queue, polled);
+        case RECORD_READ:
+                return take_read(queue);
+        case RECORD_SWAP:
+        case RECORD_ADD:
+                return take_atomic(queue);
+        case RECORD_DATAGRAM:
+                return STEP_CORRUPT;
+        default:
+                mutex_take(&queue->sending);
+                fits = requester_answer(queue, &queue->receiver, polled);
+                mutex_release(&queue->sending);
+                return fits ? STEP_DONE : STEP_CORRUPT;
+        }
+}
+
+/* Take the next record. */
+static enum step take_next(struct queue_pair *queue, const struct cq *polled)
+{
+        enum record_outcome outcome = record_next(&queue->receiver);
+        enum step step;
+
+        if (outcome != RECORD_OK)
+                return outcome == RECORD_WAIT ? STEP_LATER : STEP_CORRUPT;
+        step = execute(queue, polled);
+        if (step == STEP_DONE)
+                record_done(&queue->receiver);
+        return step;
+}
+
+bool executor_run(struct queue_pair *queue, const struct cq *polled)
+{
+        struct ring *ring = queue->receiver.view.ring;
+        uint64_t from;
+        enum step step = STEP_DONE;
+
+        if (!queue_executes(queue) || atomic_load_explicit(&queue->failed, memory_order_relaxed))
+                return false;
+        from = queue->receiver.head;
+        for (int taken = 0; taken < BATCH && step == STEP_DONE; taken++) {
+                step = take_next(queue, polled);
+                if (queue_paired(queue) != QUEUE_PAIRED ||
+                    atomic_load_explicit(&queue->failed, memory_order_relaxed))
+                        break;
+        }
+        if (step == STEP_CORRUPT)
+                queue_fail(queue, QUEUE_FATAL);
+        atomic_store_explicit(&queue->seen, queue->receiver.head, memory_order_relaxed);
+        mutex_take(&queue->sending);
+        if (view_remote(&queue->receiver.view))
+                queue->done = queue->receiver.psn - queue->receiver.held;
+        if (atomic_load_explicit(&queue->failed, memory_order_relaxed))
+                queue_enter_error(queue, polled);
+        else
+                queue_publish(queue);
+        mutex_release(&queue->sending);
+        if (queue->receiver.head == from)
+                return false;
+        queue_pairer->ring(queue, &ring->senders);
+        return true;
+}

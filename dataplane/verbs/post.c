@@ -1,0 +1,128 @@
+#include "post.h"
+
+#include "progress.h"
+#include "requester.h"
+
+#include <errno.h>
+
+enum { WORD = 8 /* bytes of an atomic operation */ };
+
+/* What may be posted to a queue pair of type RC (IBV_QPT_RC), by operation. */
+static const struct {
+        bool known;
+        unsigned int flags;
+} operations[] = {
+    [IBV_WR_RDMA_WRITE] = {true, IBV_SEND_INLINE},
+    [IBV_WR_RDMA_WRITE_WITH_IMM] = {true, IBV_SEND_INLINE},
+    [IBV_WR_SEND] = {true, IBV_SEND_INLINE},
+    [IBV_WR_SEND_WITH_IMM] = {true, IBV_SEND_INLINE},
+    [IBV_WR_RDMA_READ] = {true, 0},
+    [IBV_WR_ATOMIC_CMP_AND_SWP] = {true, 0},
+    [IBV_WR_ATOMIC_FETCH_AND_ADD] = {true, 0},
+    [IBV_WR_LOCAL_INV] = {true, 0},
+    [IBV_WR_BIND_MW] = {true, 0},
+    [IBV_WR_SEND_WITH_INV] = {true, IBV_SEND_INLINE},
+};
+
+static int check(const struct ibv_send_wr *wr)
+{
+        const unsigned int always = IBV_SEND_FENCE | IBV_SEND_SIGNALED | IBV_SEND_SOLICITED;
+        uint64_t total = 0;
+
+        if ((size_t)wr->opcode >= sizeof operations / sizeof *operations || !operations[wr->opcode].known)
+                return EOPNOTSUPP;
+        if (wr->send_flags & ~(always | operations[wr->opcode].flags))
+                return EINVAL;
+        switch (wr->opcode) {
+        case IBV_WR_ATOMIC_CMP_AND_SWP:
+        case IBV_WR_ATOMIC_FETCH_AND_ADD:
+                for (int i = 0; i < wr->num_sge; i++)
+                        total += wr->sg_list[i].length;
+                return total < WORD ? EINVAL : 0;
+        case IBV_WR_BIND_MW:
+                return wr->bind_mw.mw->type != IBV_MW_TYPE_2 || !wr->bind_mw.bind_info.mr ? EINVAL : 0;
+        default:
+                return 0;
+        }
+}
+
+int post_add(struct queue_pair *queue, const struct ibv_send_wr *wr)
+{
+        enum ibv_qp_state state = queue_state(queue);
+        int error = check(wr);
+
+        if (error)
+                return error;
+        if (state == IBV_QPS_RESET || state == IBV_QPS_INIT || state == IBV_QPS_RTR)
+                return EINVAL;
+        return send_queue_add(&queue->sends, wr);
+}
+
+void post_finish(struct queue_pair *queue)
+{
+        bool waits;
+
+        atomic_store_explicit(&queue->open, queue->sends.tail - queue->sends.head, memory_order_relaxed);
+        if (queue_state(queue) == IBV_QPS_ERR)
+                queue_flush_sends(queue, NULL);
+        else
+                requester_push(queue);
+        waits = queue->sends.next != queue->sends.tail;
+        mutex_release(&queue->sending);
+        /* What it waits for may have come already. */
+        if (waits)
+                progress_make(queue, NULL, false);
+        else
+                queue_settle(queue, NULL);
+}
+
+int post_send(struct ibv_qp *plain, struct ibv_send_wr *wr, struct ibv_send_wr **bad)
+{
+        struct queue_pair *queue = queue_of(plain);
+        int error = 0;
+
+        if (opened_is_lost(plain->context)) {
+                *bad = wr;
+                return EIO;
+        }
+        mutex_take(&queue->sending);
+        for (; wr && !error; wr = error ? wr : wr->next)
+                error = post_add(queue, wr);
+        if (error)
+                *bad = wr;
+        post_finish(queue);
+        return error;
+}
+
+/* Receives that came after the queue pair had failed. */
+static void flush_receives(struct queue_pair *queue)
+{
+        mutex_take(&queue->receiving);
+        if (queue_state(queue) == IBV_QPS_ERR)
+                queue_flush_receives(queue, NULL);
+        mutex_release(&queue->receiving);
+}
+
+int post_receive(struct ibv_qp *plain, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad)
+{
+        struct queue_pair *queue = queue_of(plain);
+        int error = opened_is_lost(plain->context) ? EIO : 0;
+
+        if (queue_state(queue) == IBV_QPS_RESET)
+                error = EINVAL;
+        while (wr && !error) {
+                error = receive_queue_add(&queue->receives, wr);
+                if (!error)
+                        wr = wr->next;
+        }
+        if (error)
+                *bad = wr;
+        if (queue_state(queue) == IBV_QPS_ERR) {
+                flush_receives(queue);
+        } else if (queue_paired(queue) == QUEUE_PAIRED) {
+                mutex_take(&queue->sending);
+                queue_publish(queue);
+                mutex_release(&queue->sending);
+        }
+        return error;
+}

@@ -1,0 +1,16 @@
+/* Posting work requests. */
+#ifndef FREEFLOW_POST_H
+#define FREEFLOW_POST_H
+
+#include "queue_pair.h"
+
+/* For the operations of a context. */
+int post_send(struct ibv_qp *plain, struct ibv_send_wr *wr, struct ibv_send_wr **bad);
+int post_receive(struct ibv_qp *plain, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad);
+
+/* Under `sending`: copy a request to the send queue. Returns 0, or what posting it fails with. */
+int post_add(struct queue_pair *queue, const struct ibv_send_wr *wr);
+/* Under `sending`, which it releases: make what was added go on. */
+void post_finish(struct queue_pair *queue);
+
+#endif

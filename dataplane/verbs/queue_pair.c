@@ -1,0 +1,300 @@
+#include "queue_pair.h"
+
+#include <string.h>
+
+static void nothing(struct queue_pair *queue)
+{
+        (void)queue;
+}
+
+static bool ask_nobody(struct queue_pair *queue)
+{
+        (void)queue;
+        return true;
+}
+
+static void listen_to_nobody(void)
+{
+}
+
+static void ring_nobody(struct queue_pair *queue, struct waiters *waiters)
+{
+        (void)queue;
+        (void)waiters;
+}
+
+static const struct queue_pairer nobody = {.ask = nothing,
+                                           .ask_again = ask_nobody,
+                                           .listen = listen_to_nobody,
+                                           .ring = ring_nobody,
+                                           .leave = nothing};
+
+const struct queue_pairer *queue_pairer = &nobody;
+
+void queue_tell(struct queue_pair *queue, enum queue_event event)
+{
+        events_put(&opened_of(queue->plain.qp_base.context)->events, &queue->events[event]);
+}
+
+void queue_fail(struct queue_pair *queue, enum queue_event event)
+{
+        atomic_store_explicit(&queue->failed, true, memory_order_release);
+        queue_tell(queue, event);
+}
+
+/* --- completions */
+
+void queue_complete_receive(struct queue_pair *queue, struct ibv_wc *wc, bool solicited,
+                            const struct cq *polled)
+{
+        wc->wr_id = queue->now.id;
+        wc->qp_num = queue->plain.qp_base.qp_num;
+        wc->src_qp = queue->attributes.dest_qp_num;
+        if (!cq_put(queue->receive_cq, wc, solicited, polled == queue->receive_cq))
+                atomic_store_explicit(&queue->failed, true, memory_order_release);
+}
+
+void queue_flush_receives(struct queue_pair *queue, const struct cq *polled)
+{
+        struct ibv_wc wc = {.status = IBV_WC_WR_FLUSH_ERR, .opcode = IBV_WC_RECV};
+
+        while (queue->busy || receive_queue_take(&queue->receives, &queue->now)) {
+                queue->busy = false;
+                queue_complete_receive(queue, &wc, false, polled);
+        }
+}
+
+static enum ibv_wc_opcode opcode_of(const struct send_work *work)
+{
+        switch (work->opcode) {
+        case IBV_WR_RDMA_WRITE:
+        case IBV_WR_RDMA_WRITE_WITH_IMM:
+                return IBV_WC_RDMA_WRITE;
+        case IBV_WR_RDMA_READ:
+                return IBV_WC_RDMA_READ;
+        case IBV_WR_ATOMIC_CMP_AND_SWP:
+                return IBV_WC_COMP_SWAP;
+        case IBV_WR_ATOMIC_FETCH_AND_ADD:
+                return IBV_WC_FETCH_ADD;
+        case IBV_WR_LOCAL_INV:
+                return IBV_WC_LOCAL_INV;
+        case IBV_WR_BIND_MW:
+                return IBV_WC_BIND_MW;
+        default:
+                return IBV_WC_SEND;
+        }
+}
+
+/* Only an index moves: the request stays readable until the next one is posted. */
+static void drop_oldest(struct queue_pair *queue)
+{
+        struct send_queue *sends = &queue->sends;
+
+        sends->head++;
+        if ((int32_t)(sends->next - sends->head) < 0)
+                sends->next = sends->head;
+        if ((int32_t)(sends->reading - sends->head) < 0)
+                sends->reading = sends->head;
+        atomic_store_explicit(&queue->open, sends->tail - sends->head, memory_order_relaxed);
+}
+
+void queue_complete_send(struct queue_pair *queue, enum ibv_wc_status status, const struct cq *polled)
+{
+        const struct send_work *work = send_at(&queue->sends, queue->sends.head);
+        struct ibv_wc wc = {.wr_id = work->id,
+                            .status = status,
+                            .opcode = opcode_of(work),
+                            .byte_len = send_is_asking(work) ? work->total : 0,
+                            .qp_num = queue->plain.qp_base.qp_num};
+        bool told = queue->signal_all || work->flags & IBV_SEND_SIGNALED || status != IBV_WC_SUCCESS;
+
+        drop_oldest(queue);
+        queue->since = 0;
+        if ((told && !cq_put(queue->send_cq, &wc, false, polled == queue->send_cq)) ||
+            status != IBV_WC_SUCCESS)
+                atomic_store_explicit(&queue->failed, true, memory_order_release);
+}
+
+void queue_flush_sends(struct queue_pair *queue, const struct cq *polled)
+{
+        while (queue->sends.head != queue->sends.tail)
+                queue_complete_send(queue, IBV_WC_WR_FLUSH_ERR, polled);
+}
+
+/* --- telling the other side */
+
+static bool put_note(struct queue_pair *queue, struct record note)
+{
+        return record_put(&queue->sender, &note, NULL) == RECORD_OK;
+}
+
+/* The other side hears of new receives when it may send no more than there are new ones. So it
+ * never waits for one that is posted, and hears of many at once. */
+static bool owes_credit(const struct queue_pair *queue, uint32_t posted)
+{
+        int32_t left =
+            (int32_t)(queue->credit_told - atomic_load_explicit(&queue->consumed, memory_order_relaxed));
+        uint32_t new_ones = posted - queue->credit_told;
+
+        return queue->credit_due || (new_ones && (int32_t)new_ones >= left);
+}
+
+/* These are states: whatever has not been put yet is replaced by what is newer. */
+static void put_notes(struct queue_pair *queue)
+{
+        uint32_t posted = atomic_load_explicit(&queue->receives.tail, memory_order_relaxed);
+
+        if (queue->refusal && put_note(queue, (struct record){.operation = RECORD_REFUSED,
+                                                              .psn = queue->refused,
+                                                              .immediate = queue->refusal}))
+                queue->refusal = 0;
+        if (owes_credit(queue, posted) &&
+            put_note(queue, (struct record){.operation = RECORD_CREDIT,
+                                            .immediate = queue->attributes.min_rnr_timer,
+                                            .total = posted})) {
+                queue->credit_due = false;
+                queue->credit_told = posted;
+        }
+        if (queue->done != queue->done_told &&
+            put_note(queue, (struct record){.operation = RECORD_DONE, .psn = queue->done - 1}))
+                queue->done_told = queue->done;
+        /* The last record, after the refusal. */
+        if (queue->close_due && !queue->refusal &&
+            put_note(queue, (struct record){.operation = RECORD_CLOSE}))
+                queue->close_due = false;
+        atomic_store_explicit(&queue->owes,
+                              queue->refusal || queue->close_due || queue->done != queue->done_told ||
+                                  owes_credit(queue, posted),
+                              memory_order_relaxed);
+}
+
+void queue_publish(struct queue_pair *queue)
+{
+        if (!queue->sender.view.ring)
+                return;
+        put_notes(queue);
+        if (record_publish(&queue->sender))
+                queue_pairer->ring(queue, &queue->sender.view.ring->receivers);
+}
+
+/* --- states */
+
+static void copy_place(struct place *to, const struct place *from)
+{
+        atomic_store_explicit(&to->arena, atomic_load_explicit(&from->arena, memory_order_relaxed),
+                              memory_order_relaxed);
+        atomic_store_explicit(&to->side, atomic_load_explicit(&from->side, memory_order_relaxed),
+                              memory_order_relaxed);
+        atomic_store_explicit(&to->slot, atomic_load_explicit(&from->slot, memory_order_relaxed),
+                              memory_order_relaxed);
+        atomic_store_explicit(&to->incarnation,
+                              atomic_load_explicit(&from->incarnation, memory_order_relaxed),
+                              memory_order_relaxed);
+}
+
+bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, const struct place *place)
+{
+        bool wanted;
+
+        mutex_take(&queue->receiving);
+        mutex_take(&queue->sending);
+        wanted = queue_paired(queue) == QUEUE_ASKED;
+        if (wanted) {
+                copy_place(&queue->place, place);
+                record_send_from(&queue->sender, out);
+                record_receive_from(&queue->receiver, in);
+                atomic_store_explicit(&queue->seen, 0, memory_order_relaxed);
+                atomic_store_explicit(&queue->out, out.ring, memory_order_release);
+                atomic_store_explicit(&queue->in, in.ring, memory_order_release);
+                queue->credit_due = true;
+                queue_publish(queue);
+                atomic_store_explicit(&queue->pairing, QUEUE_PAIRED, memory_order_release);
+                /* From now on the other side may put records. Pairs with requester.c. */
+                atomic_store_explicit(&in.ring->ready, 1, memory_order_release);
+                queue_pairer->ring(queue, &in.ring->senders);
+        }
+        mutex_release(&queue->sending);
+        mutex_release(&queue->receiving);
+        return wanted;
+}
+
+void queue_lose(struct queue_pair *queue)
+{
+        mutex_take(&queue->receiving);
+        mutex_take(&queue->sending);
+        if (queue_paired(queue) == QUEUE_ASKED || queue_paired(queue) == QUEUE_PAIRED)
+                atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
+        mutex_release(&queue->sending);
+        mutex_release(&queue->receiving);
+}
+
+void queue_enter_error(struct queue_pair *queue, const struct cq *polled)
+{
+        if (queue_state(queue) == IBV_QPS_ERR)
+                return;
+        atomic_store_explicit(&queue->state, IBV_QPS_ERR, memory_order_release);
+        queue->plain.qp_base.state = IBV_QPS_ERR;
+        queue->close_due = queue_paired(queue) == QUEUE_PAIRED;
+        queue_publish(queue);
+        queue_flush_sends(queue, polled);
+        queue_flush_receives(queue, polled);
+}
+
+void queue_settle(struct queue_pair *queue, const struct cq *polled)
+{
+        if (!atomic_load_explicit(&queue->failed, memory_order_acquire) || queue_state(queue) == IBV_QPS_ERR)
+                return;
+        mutex_take(&queue->receiving);
+        mutex_take(&queue->sending);
+        /* It may have been reset meanwhile. */
+        if (atomic_load_explicit(&queue->failed, memory_order_acquire))
+                queue_enter_error(queue, polled);
+        mutex_release(&queue->sending);
+        mutex_release(&queue->receiving);
+}
+
+/* Under both: all that belongs to one pairing. */
+static void forget(struct queue_pair *queue)
+{
+        struct send_queue *sends = &queue->sends;
+
+        sends->head = sends->reading = sends->next = sends->tail = 0;
+        receive_queue_clear(&queue->receives);
+        memset(&queue->sender, 0, sizeof queue->sender);
+        memset(&queue->receiver, 0, sizeof queue->receiver);
+        queue->ready = queue->credit_due = queue->close_due = queue->busy = queue->swapped = false;
+        queue->draining = false;
+        queue->credit = queue->spent = queue->time = queue->executed = queue->asking = 0;
+        queue->refusal = queue->done = queue->done_told = queue->credit_told = 0;
+        queue->asked = queue->since = 0;
+        atomic_store_explicit(&queue->consumed, 0, memory_order_relaxed);
+        atomic_store_explicit(&queue->open, 0, memory_order_relaxed);
+        atomic_store_explicit(&queue->seen, 0, memory_order_relaxed);
+        atomic_store_explicit(&queue->owes, false, memory_order_relaxed);
+        atomic_store_explicit(&queue->in, NULL, memory_order_relaxed);
+        atomic_store_explicit(&queue->out, NULL, memory_order_relaxed);
+        atomic_store_explicit(&queue->failed, false, memory_order_relaxed);
+}
+
+void queue_reset(struct queue_pair *queue)
+{
+        bool paired;
+
+        mutex_take(&queue->receiving);
+        mutex_take(&queue->sending);
+        if (queue_paired(queue) == QUEUE_PAIRED) {
+                queue->close_due |= queue_state(queue) != IBV_QPS_ERR;
+                queue_publish(queue);
+        }
+        atomic_store_explicit(&queue->state, IBV_QPS_RESET, memory_order_release);
+        queue->plain.qp_base.state = IBV_QPS_RESET;
+        forget(queue);
+        paired = atomic_exchange_explicit(&queue->pairing, QUEUE_ALONE, memory_order_acq_rel);
+        mutex_release(&queue->sending);
+        mutex_release(&queue->receiving);
+        completions_drop(&queue->send_cq->completions, queue->plain.qp_base.qp_num);
+        completions_drop(&queue->receive_cq->completions, queue->plain.qp_base.qp_num);
+        /* Whoever pairs queue pairs has mutexes of its own. */
+        if (paired)
+                queue_pairer->leave(queue);
+}

@@ -1,0 +1,172 @@
+/* A queue pair: its work, its rings, its state.
+ *
+ * What a program posts to the send queue becomes records in the ring that goes out (requester.h).
+ * What comes in the other ring is executed in the memory of this process (executor.h). Whoever
+ * posts, polls, or waits for the process does a bit of both (progress.h).
+ *
+ *      RESET --> INIT --> RTR --> RTS <--> SQD         each --> ERR, RESET
+ *
+ * To execute and to send the two queue pairs have to be paired. The router pairs them once both
+ * have asked, which they do when they become RTR:
+ *
+ *      ALONE --RTR--> ASKED --queue_pair_up()--> PAIRED --CLOSE, queue_lose()--> LOST
+ *
+ * Until then requests wait in the send queue. A queue pair that is LOST fails at its oldest
+ * request, at once or when there is one: the other side may rightly be gone after the last one.
+ *
+ * A queue pair that fails becomes ERR. It takes no more records, so that nothing of the other
+ * side's completes as if it were executed, and tells it by CLOSE. All that was posted is flushed.
+ *
+ * Mutexes are taken in this order: `receiving`, `sending`, those of the receive queue and of the
+ * completion queues. The state changes under both `receiving` and `sending`.
+ */
+#ifndef FREEFLOW_QUEUE_PAIR_H
+#define FREEFLOW_QUEUE_PAIR_H
+
+#include "../library/place.h"
+#include "cq.h"
+#include "opened.h"
+#include "record.h"
+#include "work.h"
+
+enum queue_pairing { QUEUE_ALONE, QUEUE_ASKED, QUEUE_PAIRED, QUEUE_LOST };
+
+enum queue_event { QUEUE_FATAL, QUEUE_REQUEST_ERROR, QUEUE_ACCESS_ERROR, QUEUE_DRAINED, QUEUE_EVENTS };
+
+struct queue_pair;
+
+/* A queue pair in the list of a completion queue. */
+struct queue_member {
+        struct queue_member *next;
+        struct queue_pair *queue;
+};
+
+struct queue_pair {
+        struct ibv_qp_ex plain; /* what programs know */
+        struct mutex receiving, sending;
+        _Atomic uint32_t state;   /* enum ibv_qp_state */
+        _Atomic uint32_t pairing; /* enum queue_pairing */
+        _Atomic bool failed;      /* it has to become ERR: queue_settle() */
+        bool signal_all;
+        uint32_t domain;
+        struct ibv_qp_attr attributes; /* that the program has set */
+        struct cq *send_cq, *receive_cq;
+        struct queue_member members[2]; /* of receive_cq, and of send_cq if that is another one */
+        struct event events[QUEUE_EVENTS];
+        /* Hints, for whoever looks without a mutex whether there is something to do: */
+        /* the rings that come in and go out; NULL: none. The memory stays. */
+        struct ring *_Atomic in, *_Atomic out;
+        _Atomic uint64_t seen; /* in that ring, up to here */
+        _Atomic uint32_t open; /* requests in the send queue */
+        _Atomic bool owes;     /* there was no room for something that is to be told */
+        /* Of whoever has paired it: */
+        struct place place;
+        _Atomic uint32_t request; /* the number of what it asks for; 0: nothing */
+        uint32_t asked_by;
+        bool asked_for;
+        _Atomic int bell;      /* of whoever waits for it in its arena; -1: nobody can */
+        struct drafts *drafts; /* post_ex.h; NULL: programs can't post like that */
+
+        /* --- under `sending` --- */
+        struct send_queue sends;
+        struct record_sender sender;
+        bool ready;        /* the other side is there */
+        uint32_t credit;   /* receives that the other side has posted, since the beginning */
+        uint32_t spent;    /* of them, by this side's requests */
+        uint32_t time;     /* of CREDIT: how long to wait for more, a code */
+        uint32_t executed; /* requests before this number are executed */
+        uint32_t asking;   /* READs and atomics that are not answered */
+        uint64_t asked;    /* bytes of a ring that their answers take */
+        uint64_t since;    /* when the oldest request began to wait for a receive or for pairing; 0: not */
+        /* What is to be told to the other side: */
+        uint32_t refused, refusal; /* REFUSED; enum record_refusal, 0: no */
+        uint32_t done;             /* DONE: requests before this number */
+        uint32_t done_told;
+        uint32_t credit_told;
+        bool credit_due, close_due;
+        bool draining; /* SQD, and some requests have begun */
+
+        /* --- under `receiving` --- */
+        struct receive_queue receives;
+        struct record_receiver receiver;
+        struct receive_work now; /* of the message that is coming */
+        struct work_spot spot;
+        bool busy;    /* there is such a message */
+        bool swapped; /* the atomic operation that comes next is executed, with this result */
+        uint64_t swapped_from;
+        _Atomic uint32_t consumed; /* receives */
+};
+
+/* What pairs queue pairs: pair.h. */
+struct queue_pairer {
+        /* It has become RTR. */
+        void (*ask)(struct queue_pair *queue);
+        /* Ask again, if the router has lost what it was asked for. False: there is no router. */
+        bool (*ask_again)(struct queue_pair *queue);
+        /* Take what the router has said. */
+        void (*listen)(void);
+        /* Something was published in a ring, for those who wait there. */
+        void (*ring)(struct queue_pair *queue, struct waiters *waiters);
+        /* It uses its rings no more, or does not want to be paired any longer. */
+        void (*leave)(struct queue_pair *queue);
+};
+
+extern const struct queue_pairer *queue_pairer;
+
+static inline struct queue_pair *queue_of(struct ibv_qp *plain)
+{
+        return (struct queue_pair *)(void *)plain;
+}
+
+static inline enum ibv_qp_state queue_state(const struct queue_pair *queue)
+{
+        return (enum ibv_qp_state)atomic_load_explicit(&queue->state, memory_order_acquire);
+}
+
+static inline enum queue_pairing queue_paired(const struct queue_pair *queue)
+{
+        return (enum queue_pairing)atomic_load_explicit(&queue->pairing, memory_order_acquire);
+}
+
+static inline bool queue_executes(const struct queue_pair *queue)
+{
+        enum ibv_qp_state state = queue_state(queue);
+
+        return queue_paired(queue) == QUEUE_PAIRED &&
+               (state == IBV_QPS_RTR || state == IBV_QPS_RTS || state == IBV_QPS_SQD);
+}
+
+/* Without mutexes: --- */
+
+/* The router has paired it: the ring that goes out, the one that comes in, and where both are.
+ * False: it does not wait for that any more. */
+bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, const struct place *place);
+/* The other side is gone. */
+void queue_lose(struct queue_pair *queue);
+/* Become ERR if it has failed. `polled`: the completion queue that the caller polls, or NULL. */
+void queue_settle(struct queue_pair *queue, const struct cq *polled);
+/* Leave the other side, and forget all work. */
+void queue_reset(struct queue_pair *queue);
+void queue_tell(struct queue_pair *queue, enum queue_event event);
+
+/* Under `receiving`: --- */
+
+/* A receive is complete. `wc` has what is special about it. */
+void queue_complete_receive(struct queue_pair *queue, struct ibv_wc *wc, bool solicited,
+                            const struct cq *polled);
+void queue_flush_receives(struct queue_pair *queue, const struct cq *polled);
+
+/* Under `sending`: --- */
+
+/* The oldest request is complete, and leaves the send queue. */
+void queue_complete_send(struct queue_pair *queue, enum ibv_wc_status status, const struct cq *polled);
+void queue_flush_sends(struct queue_pair *queue, const struct cq *polled);
+/* It can't go on: become ERR soon, and tell the program by this event. */
+void queue_fail(struct queue_pair *queue, enum queue_event event);
+/* Put what is to be told, as far as there is room, and publish all that was put. */
+void queue_publish(struct queue_pair *queue);
+
+/* Under both: become ERR. */
+void queue_enter_error(struct queue_pair *queue, const struct cq *polled);
+
+#endif

@@ -1,0 +1,33 @@
+/* The requests of a queue pair: from the send queue into records, and their completions.
+ *
+ * Requests become records in the order in which they were posted, as far as there is room, and
+ * complete in that order:
+ *
+ *      SEND, WRITE     when the other side has executed the last record. In a local arena it has
+ *                      when it has taken it, in a remote one it says so (DONE).
+ *      READ, atomics   when all answers have come
+ *      windows         when the requests before are complete; they were bound or made invalid when
+ *                      it was their turn
+ *
+ * A request waits for its turn
+ *      - if it needs a receive of the other side's, until that has posted one (CREDIT);
+ *      - if it asks for an answer, until there is room for that and not too many are open;
+ *      - with a fence, until what was asked for has come.
+ *
+ * All is called under `sending`.
+ */
+#ifndef FREEFLOW_REQUESTER_H
+#define FREEFLOW_REQUESTER_H
+
+#include "queue_pair.h"
+
+/* Put what can be put, and publish it. */
+void requester_push(struct queue_pair *queue);
+/* Complete what is done. */
+void requester_complete(struct queue_pair *queue, const struct cq *polled);
+/* The other side's answer to a request, or a note of it. False: it breaks the rules. */
+bool requester_answer(struct queue_pair *queue, struct record_receiver *receiver, const struct cq *polled);
+/* Has the oldest request waited for too long? Called after all that came in has been executed. */
+void requester_check_time(struct queue_pair *queue);
+
+#endif

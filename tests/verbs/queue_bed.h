@@ -1,0 +1,197 @@
+/* What the programs that test queue pairs share: a device with one GID, ends with a queue pair
+ * each, and rings for them.
+ */
+#ifndef FREEFLOW_TEST_QUEUE_BED_H
+#define FREEFLOW_TEST_QUEUE_BED_H
+
+#include "../../dataplane/verbs/client.h"
+#include "../../dataplane/verbs/numbers.h"
+#include "../../dataplane/verbs/port.h"
+#include "../../dataplane/verbs/queue_pair.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { REMOTE_SHIFT = 16, FIRST_NUMBER = 1000, LIMIT = 128, ALL_ACCESS = 15 };
+
+static uint64_t seed;
+
+/* What devices.c needs of a router. */
+const struct freeflow_services *client_services(void)
+{
+        static const struct freeflow_services services;
+
+        return &services;
+}
+
+bool client_open(int patience)
+{
+        (void)patience;
+        return true;
+}
+
+static inline void fail(const char *what, int line)
+{
+        fprintf(stderr, "queue pairs: %s (line %d, seed %llu): %s\n", what, line, (unsigned long long)seed,
+                strerror(errno));
+        _exit(1);
+}
+
+#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
+
+static inline uint64_t any(uint64_t *state, uint64_t below)
+{
+        *state += UINT64_C(0x9e3779b97f4a7c15);
+        uint64_t x = *state;
+
+        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
+        return (x ^ (x >> 31)) % below;
+}
+
+/* Two rings, between inaccessible pages, which processes that fork share. */
+struct rings {
+        struct view views[2];
+};
+
+static inline unsigned char *fenced(size_t size)
+{
+        unsigned char *place =
+            mmap(NULL, size + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+        CHECK(place != MAP_FAILED);
+        CHECK(mmap(place + PAGE, size, PROT_READ | PROT_WRITE,
+                   MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED);
+        return place + PAGE;
+}
+
+static inline struct rings new_rings(bool remote)
+{
+        uint32_t shift = remote ? REMOTE_SHIFT : RING_SHIFT;
+        struct rings made;
+
+        for (int i = 0; i < 2; i++)
+                made.views[i] =
+                    view_of((struct ring *)(void *)fenced(PAGE), fenced((size_t)1 << shift), shift);
+        return made;
+}
+
+static inline void free_rings(struct rings *rings)
+{
+        for (int i = 0; i < 2; i++) {
+                munmap((unsigned char *)rings->views[i].ring - PAGE, 3 * PAGE);
+                munmap(view_bulk(&rings->views[i]) - PAGE, view_size(&rings->views[i]) + 2 * PAGE);
+        }
+}
+
+static const struct place nowhere;
+
+/* One side: a queue pair, and what it needs. */
+struct end {
+        struct ibv_context *context;
+        struct ibv_pd *pd;
+        struct ibv_cq *sent, *received;
+        struct ibv_qp *qp;
+};
+
+static inline struct ibv_context *open_device(void)
+{
+        struct port_place place = {.queue_pairs = 100,
+                                   .regions = 1000,
+                                   .first = FIRST_NUMBER,
+                                   .guid = 1,
+                                   .gid = {.raw = {[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1}}};
+        struct ibv_device **list;
+        struct ibv_context *context;
+
+        port_set(&place);
+        list = ibv_get_device_list(NULL);
+        CHECK(list[0]);
+        context = ibv_open_device(list[0]);
+        CHECK(context);
+        ibv_free_device_list(list);
+        return context;
+}
+
+static inline void make_end(struct end *end, struct ibv_context *context, struct ibv_qp_cap cap,
+                            bool signal_all)
+{
+        struct ibv_qp_init_attr wanted = {.cap = cap, .qp_type = IBV_QPT_RC, .sq_sig_all = signal_all};
+
+        end->context = context;
+        CHECK((end->pd = ibv_alloc_pd(context)));
+        CHECK((end->sent = ibv_create_cq(context, 2 * LIMIT, NULL, NULL, 0)));
+        CHECK((end->received = ibv_create_cq(context, 2 * LIMIT, NULL, NULL, 0)));
+        wanted.send_cq = end->sent;
+        wanted.recv_cq = end->received;
+        CHECK((end->qp = ibv_create_qp(end->pd, &wanted)));
+}
+
+static inline void destroy_end(struct end *end)
+{
+        CHECK(ibv_destroy_qp(end->qp) == 0);
+        CHECK(ibv_destroy_cq(end->sent) == 0 && ibv_destroy_cq(end->received) == 0);
+        CHECK(ibv_dealloc_pd(end->pd) == 0);
+}
+
+enum {
+        INIT_MASK = IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS,
+        RTR_MASK = IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
+                   IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER,
+        RTS_MASK = IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
+                   IBV_QP_MAX_QP_RD_ATOMIC
+};
+
+static inline struct ibv_qp_attr usual_attributes(uint32_t peer)
+{
+        return (struct ibv_qp_attr){.path_mtu = IBV_MTU_1024,
+                                    .dest_qp_num = peer,
+                                    .qp_access_flags = ALL_ACCESS,
+                                    .ah_attr = {.is_global = 1, .port_num = 1},
+                                    .max_rd_atomic = 4,
+                                    .max_dest_rd_atomic = 4,
+                                    .min_rnr_timer = 1,
+                                    .port_num = 1,
+                                    .retry_cnt = 7,
+                                    .rnr_retry = 7};
+}
+
+static inline int modify(struct ibv_qp *qp, enum ibv_qp_state state, struct ibv_qp_attr attributes, int mask)
+{
+        attributes.qp_state = state;
+        return ibv_modify_qp(qp, &attributes, mask);
+}
+
+static inline void become_ready(struct ibv_qp *qp, struct ibv_qp_attr attributes)
+{
+        CHECK(modify(qp, IBV_QPS_INIT, attributes, INIT_MASK) == 0);
+        CHECK(modify(qp, IBV_QPS_RTR, attributes, RTR_MASK) == 0);
+        CHECK(modify(qp, IBV_QPS_RTS, attributes, RTS_MASK) == 0);
+}
+
+/* One completion, for which it polls both ends. */
+static inline struct ibv_wc wait_for(struct ibv_cq *cq, struct ibv_cq *other)
+{
+        struct ibv_wc wc;
+        time_t end = time(NULL) + 30;
+
+        while (!ibv_poll_cq(cq, 1, &wc)) {
+                struct ibv_wc unexpected;
+
+                CHECK(!other || !ibv_poll_cq(other, 0, &unexpected));
+                if (other)
+                        cq_of(other)->driver ? (void)atomic_load(&cq_of(other)->driver)->poll(cq_of(other))
+                                             : (void)0;
+                CHECK(time(NULL) < end);
+        }
+        return wc;
+}
+
+#endif
