@@ -3,6 +3,7 @@
  */
 #include "client.h"
 #include "files.h"
+#include "pair.h"
 #include "port.h"
 
 #include <errno.h>
@@ -31,7 +32,8 @@ VERB struct ibv_device **ibv_get_device_list(int *number)
         struct ibv_device **list = calloc(2, sizeof *list);
         bool there;
 
-        client_open(PATIENCE);
+        if (client_open(PATIENCE))
+                pair_start();
         there = list && client_services() && port_is_active();
         if (there)
                 list[0] = &only.device;

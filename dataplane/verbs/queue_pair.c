@@ -222,8 +222,11 @@ void queue_lose(struct queue_pair *queue)
 {
         mutex_take(&queue->receiving);
         mutex_take(&queue->sending);
-        if (queue_paired(queue) == QUEUE_ASKED || queue_paired(queue) == QUEUE_PAIRED)
+        if (queue_paired(queue) == QUEUE_ASKED || queue_paired(queue) == QUEUE_PAIRED) {
                 atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
+                if (atomic_load_explicit(&queue->open, memory_order_relaxed))
+                        queue_tell(queue, QUEUE_FATAL);
+        }
         mutex_release(&queue->sending);
         mutex_release(&queue->receiving);
 }

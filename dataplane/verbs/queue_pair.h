@@ -141,7 +141,7 @@ static inline bool queue_executes(const struct queue_pair *queue)
 /* The router has paired it: the ring that goes out, the one that comes in, and where both are.
  * False: it does not wait for that any more. */
 bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, const struct place *place);
-/* The other side is gone. */
+/* The other side is gone, as the router says. The program has an event if requests are open. */
 void queue_lose(struct queue_pair *queue);
 /* Become ERR if it has failed. `polled`: the completion queue that the caller polls, or NULL. */
 void queue_settle(struct queue_pair *queue, const struct cq *polled);

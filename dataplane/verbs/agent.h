@@ -1,0 +1,29 @@
+/* The thread that makes queue pairs go on while the program sleeps, or does something else.
+ *
+ * There is one in a process that has queue pairs. It sleeps until a bell rings: one for each arena
+ * that has queue pairs of this process. Whoever polls in a loop makes them go on, and rings nobody
+ * for nothing: as long as a program polls, the thread waits on no ring, and only looks once in a
+ * while.
+ *
+ * A program that is about to sleep arms a completion queue first. By that it puts the thread's bell
+ * to the rings of that queue's queue pairs: progress_arm(). So the thread need not be woken for
+ * that.
+ */
+#ifndef FREEFLOW_AGENT_H
+#define FREEFLOW_AGENT_H
+
+#include "queue_pair.h"
+
+/* Run from now on, unless it does already. False: there is no thread. */
+bool agent_start(void);
+/* A queue pair is about to have this place. Returns the bell of its arena, or -1: there is none
+ * yet. */
+int agent_join(const struct place *place);
+/* It is about to give it back. */
+void agent_leave(const struct place *place);
+/* In a child of fork(): there is no thread. */
+void agent_forget(void);
+/* End it. */
+void agent_stop(void);
+
+#endif

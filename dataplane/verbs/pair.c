@@ -1,0 +1,169 @@
+#include "pair.h"
+
+#include "agent.h"
+#include "client.h"
+#include "numbers.h"
+#include "queue_pair.h"
+
+#include <string.h>
+
+/* --- asking --- */
+
+/* While a request is sent, so that each is sent once by a socket. */
+static struct mutex asking;
+
+static void ask_by(const struct freeflow_services *here, struct queue_pair *queue, uint32_t epoch)
+{
+        const struct ibv_ah_attr *path = &queue->attributes.ah_attr;
+        struct v_queue_pair wanted = {
+            .message = {.kind = V_QUEUE_PAIR, .size = sizeof wanted},
+            .request = atomic_load(&queue->request),
+            .qpn = queue->plain.qp_base.qp_num,
+            .peer_qpn = queue->attributes.dest_qp_num,
+            .gid_index = path->grh.sgid_index,
+            .type = queue->plain.qp_base.qp_type,
+            .paired = queue_paired(queue) == QUEUE_PAIRED,
+        };
+
+        memcpy(wanted.peer_gid.bytes, path->grh.dgid.raw, sizeof wanted.peer_gid.bytes);
+        queue->asked_for = here->send(&wanted, sizeof wanted, epoch) == 0;
+        queue->asked_by = epoch;
+}
+
+static void ask(struct queue_pair *queue)
+{
+        static uint32_t requests;
+        const struct freeflow_services *here = client_services();
+
+        if (!here)
+                return;
+        agent_start();
+        mutex_take(&asking);
+        atomic_store(&queue->request, requests = requests + 1 ? requests + 1 : 1);
+        ask_by(here, queue, here->epoch());
+        mutex_release(&asking);
+}
+
+/* The request goes with the socket. A router that comes after has to know of it all the same, to
+ * tell when the peer is gone. */
+static bool ask_again(struct queue_pair *queue)
+{
+        const struct freeflow_services *here = client_services();
+        bool asked = true;
+
+        if (!here || !atomic_load(&queue->request) || queue_paired(queue) == QUEUE_LOST)
+                return true;
+        mutex_take(&asking);
+        if (atomic_load(&queue->request)) {
+                if (!queue->asked_for || queue->asked_by != here->epoch())
+                        ask_by(here, queue, here->epoch());
+                asked = queue->asked_for;
+        }
+        mutex_release(&asking);
+        return asked;
+}
+
+/* --- answers --- */
+
+/* Is the message about the pairing that the queue pair wants now? */
+static bool is_wanted(const struct queue_pair *queue, uint32_t request)
+{
+        return request && atomic_load(&queue->request) == request;
+}
+
+static void granted(void *owner, void *argument)
+{
+        struct queue_pair *queue = owner;
+        struct verbs_message *message = argument;
+        const struct freeflow_services *here = client_services();
+        int bell;
+
+        if (!here || !is_wanted(queue, message->grant.request))
+                return;
+        if (message->reason) {
+                queue_lose(queue);
+                return;
+        }
+        bell = agent_join(&message->place);
+        atomic_store_explicit(&queue->bell, bell, memory_order_relaxed);
+        if (queue_pair_up(queue, here->sends(&message->place), here->receives(&message->place),
+                          &message->place))
+                /* It is the queue pair's now. */
+                atomic_store_explicit(&message->place.incarnation, 0, memory_order_relaxed);
+        else
+                agent_leave(&message->place);
+}
+
+static void refused(void *owner, void *argument)
+{
+        struct queue_pair *queue = owner;
+        const struct verbs_message *message = argument;
+
+        if (is_wanted(queue, message->refuse.request))
+                queue_lose(queue);
+}
+
+static void handle(struct verbs_message *message)
+{
+        const struct freeflow_services *here = client_services();
+
+        if (message->header.kind == V_GRANT) {
+                number_use(message->grant.qpn, granted, message);
+                if (here && !message->reason)
+                        here->release(&message->place);
+        } else if (message->header.kind == V_REFUSE && message->refuse.kind == V_QUEUE_PAIR) {
+                number_use(message->refuse.number, refused, message);
+        }
+        if (here && message->descriptor >= 0)
+                here->close_own(message->descriptor);
+}
+
+/* --- the end of it --- */
+
+static void leave(struct queue_pair *queue)
+{
+        const struct freeflow_services *here = client_services();
+        struct v_end end = {.message = {.kind = V_QUEUE_PAIR_END, .size = sizeof end},
+                            .number = queue->plain.qp_base.qp_num};
+
+        if (atomic_load_explicit(&queue->place.incarnation, memory_order_relaxed))
+                agent_leave(&queue->place);
+        if (!here)
+                return;
+        mutex_take(&asking);
+        atomic_store(&queue->request, 0);
+        here->send(&end, sizeof end, here->epoch());
+        mutex_release(&asking);
+        here->release(&queue->place);
+}
+
+static void ring(struct queue_pair *queue, struct waiters *waiters)
+{
+        const struct freeflow_services *here = client_services();
+
+        if (here)
+                services_wake(here, waiters, &queue->place);
+}
+
+static void forked(void)
+{
+        asking = (struct mutex){0};
+        agent_forget();
+        numbers_forget();
+        memory_forget();
+}
+
+static void retired(void)
+{
+        agent_stop();
+}
+
+static const struct queue_pairer pairer = {
+    .ask = ask, .ask_again = ask_again, .listen = client_receive, .ring = ring, .leave = leave};
+static const struct client_user user = {.handle = handle, .forked = forked, .retired = retired};
+
+void pair_start(void)
+{
+        queue_pairer = &pairer;
+        client_serve(&user);
+}
