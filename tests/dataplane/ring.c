@@ -9,6 +9,7 @@
  * outside the ring is used (the pages around it are inaccessible).
  */
 #include "../../dataplane/library/bells.h"
+#include "check.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -31,27 +32,7 @@ static struct view view;
 static struct flow sender, receiver;
 static sem_t sleeping[2]; /* bell 0: receivers, bell 1: senders */
 static _Atomic bool stopped;
-static uint64_t seed;
 static time_t end;
-
-static void fail(const char *what, int line)
-{
-        fprintf(stderr, "ring: %s (line %d, seed %llu): %s\n", what, line, (unsigned long long)seed,
-                strerror(errno));
-        _exit(1);
-}
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
-
-static uint64_t any(uint64_t *state, uint64_t below)
-{
-        *state += UINT64_C(0x9e3779b97f4a7c15);
-        uint64_t x = *state;
-
-        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-        return (x ^ (x >> 31)) % below;
-}
 
 static size_t some_size(uint64_t *random)
 {
@@ -90,7 +71,7 @@ static void sleep_for(int bell)
         until.tv_sec += PATIENCE;
         while (sem_timedwait(&sleeping[bell], &until) < 0)
                 if (errno != EINTR && !atomic_load(&stopped))
-                        fail("a wake-up was lost", __LINE__);
+                        FAIL("a wake-up was lost");
 }
 
 /* As reclaim.c does for a ring that has been empty for a while. */
@@ -215,7 +196,7 @@ static uint64_t receive_all(void)
                 for (size_t i = 0; i < moved; i++)
                         if (bytes[i] != byte_at(place + i)) {
                                 fprintf(stderr, "byte %llu\n", (unsigned long long)(place + i));
-                                fail("a byte is wrong", __LINE__);
+                                FAIL("a byte is wrong");
                         }
                 place += moved;
                 if (moved) {

@@ -9,6 +9,7 @@
 #include "../../dataplane/verbs/client.h"
 #include "../../dataplane/verbs/opened.h"
 #include "../../dataplane/verbs/pair.h"
+#include "../dataplane/check.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -23,30 +24,9 @@
 
 enum { ASKERS = 3, PLACES = 6, QUEUE = 64 };
 
-static uint64_t seed;
-
 /* Here is another user. */
 void pair_start(void)
 {
-}
-
-static void fail(const char *what, int line)
-{
-        fprintf(stderr, "asking: %s (line %d, seed %llu): %s\n", what, line, (unsigned long long)seed,
-                strerror(errno));
-        _exit(1);
-}
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
-
-static uint64_t any(uint64_t *state, uint64_t below)
-{
-        *state += UINT64_C(0x9e3779b97f4a7c15);
-        uint64_t x = *state;
-
-        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-        return (x ^ (x >> 31)) % below;
 }
 
 /* --- the router, and the library */

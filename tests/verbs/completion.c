@@ -7,6 +7,7 @@
  * comes once and in order, and no event is lost, while the queue's size changes.
  */
 #include "../../dataplane/verbs/completion.c"
+#include "../dataplane/check.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -19,27 +20,7 @@
 enum { THREADS = 2, LIMIT = 64, PATIENCE = 20 };
 
 static struct completions queue;
-static uint64_t seed;
 static time_t end;
-
-static void fail(const char *what, int line)
-{
-        fprintf(stderr, "completion: %s (line %d, seed %llu): %s\n", what, line, (unsigned long long)seed,
-                strerror(errno));
-        _exit(1);
-}
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
-
-static uint64_t any(uint64_t *state, uint64_t below)
-{
-        *state += UINT64_C(0x9e3779b97f4a7c15);
-        uint64_t x = *state;
-
-        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-        return (x ^ (x >> 31)) % below;
-}
 
 static enum completion_outcome put(uint64_t number, bool solicited, bool polling)
 {
@@ -185,7 +166,7 @@ static void sleep_until_event(void)
         until.tv_sec += PATIENCE;
         while (sem_timedwait(&events, &until) < 0)
                 if (errno != EINTR)
-                        fail("an event was lost", __LINE__);
+                        FAIL("an event was lost");
 }
 
 /* Take what is there; now and then, as one who polls, execute something of its own before. */

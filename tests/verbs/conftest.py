@@ -1,17 +1,26 @@
-"""Our libibverbs, built once."""
+"""Our libibverbs, built once, and programs that have parts of it inside them."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from testbed.patience import patience
+from tests.dataplane.places import compile_c
 
-BUILD = Path(__file__).parents[2] / "dataplane" / "verbs" / "build.sh"
-HEADER = Path("/usr/include/infiniband/verbs.h")
+HERE: Final = Path(__file__).parent
+BUILD: Final = HERE.parents[1] / "dataplane" / "verbs" / "build.sh"
+HEADER: Final = Path("/usr/include/infiniband/verbs.h")
+SECONDS: Final = os.environ.get("TORTURE_SECONDS", "1")
+"""How long a torture lasts."""
+SANITIZERS: Final = ("", "address,undefined", "thread")
+_WITH_ROUTER: Final = ("agent.c", "client.c", "pair.c")
+"""Sources that need a router."""
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +33,36 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("verbs") / "libibverbs.so.1"
     subprocess.run([BUILD, output], check=True, timeout=patience(120))
     return output
+
+
+def sources(*more: str) -> list[str]:
+    """The sources that need no router, and more of them by name."""
+    found = sorted(BUILD.parent.glob("*.c"))
+    return [str(path) for path in found if path.name not in _WITH_ROUTER or path.name in more]
+
+
+def compile_test(name: str, folder: Path, sanitizer: str, *options: str) -> Path:
+    """The program `name.c` beside this file, with a sanitizer or without ("")."""
+    if shutil.which("gcc") is None or not HEADER.exists():
+        pytest.skip(f"missing: gcc, {HEADER}")
+    more = list(options)
+    if sanitizer:
+        more += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-Wno-tsan"]
+    return compile_c(HERE / f"{name}.c", folder / name, *more)
+
+
+def run_test(program: Path, *arguments: str) -> None:
+    """Run such a program, which has to succeed."""
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+
+
+def some_seed() -> int:
+    """A number for `run_test`, which prints it if the program fails."""
+    return int.from_bytes(os.urandom(4), "big")
+
+
+def run_rules_and_race(program: Path) -> None:
+    """Run the two parts of a program: one case after the other, and threads against each other."""
+    run_test(program, "rules")
+    run_test(program, "race", SECONDS, str(some_seed()))

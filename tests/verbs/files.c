@@ -1,6 +1,8 @@
 /* A program that looks at the device's files by each call that programs use for that, before and
  * after it has asked for devices. FOLDER is one to write in.
  */
+#include "../dataplane/check.h"
+
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -13,14 +15,6 @@
 #define PORT "/sys/class/infiniband/freeflow0/ports/1/"
 #define TYPE PORT "gid_attrs/types/0"
 #define DEVICE "/dev/infiniband/freeflow0"
-
-static void fail(const char *what, int line)
-{
-        fprintf(stderr, "files: %s (line %d): %s\n", what, line, strerror(errno));
-        exit(1);
-}
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
 
 /* By name, so that it is called whatever the headers make of it; NULL: this C library has none. */
 #define CALL_OF(type, name, ...) ((type(*)(__VA_ARGS__))dlsym(RTLD_DEFAULT, #name))

@@ -7,6 +7,7 @@
  * removed, and no key leads to another region than its own.
  */
 #include "../../dataplane/verbs/keys.c"
+#include "../dataplane/check.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -19,27 +20,7 @@
 enum { REGIONS = 64, USERS = 2, LENGTH = 4096, DOMAIN = 7 };
 
 static struct keys keys;
-static uint64_t seed;
 static time_t end;
-
-static void fail(const char *what, int line)
-{
-        fprintf(stderr, "keys: %s (line %d, seed %llu): %s\n", what, line, (unsigned long long)seed,
-                strerror(errno));
-        _exit(1);
-}
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
-
-static uint64_t any(uint64_t *state, uint64_t below)
-{
-        *state += UINT64_C(0x9e3779b97f4a7c15);
-        uint64_t x = *state;
-
-        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-        return (x ^ (x >> 31)) % below;
-}
 
 /* --- rules */
 

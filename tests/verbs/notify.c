@@ -16,6 +16,7 @@
 #include "../../dataplane/verbs/opening.h"
 #include "../../dataplane/verbs/pair.h"
 #include "../../dataplane/verbs/port.h"
+#include "../dataplane/check.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -32,7 +33,6 @@
 enum { QUEUES = 3, SENDERS = 2, SLEEPERS = 2, LIMIT = 64, PATIENCE = 20 };
 
 static struct ibv_context *context;
-static uint64_t seed;
 
 /* What devices.c needs of a router: the port is as set_gid() says. */
 const struct freeflow_services *client_services(void)
@@ -50,25 +50,6 @@ bool client_open(int patience)
 
 void pair_start(void)
 {
-}
-
-static void fail(const char *what, int line)
-{
-        fprintf(stderr, "notify: %s (line %d, seed %llu): %s\n", what, line, (unsigned long long)seed,
-                strerror(errno));
-        _exit(1);
-}
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
-
-static uint64_t any(uint64_t *state, uint64_t below)
-{
-        *state += UINT64_C(0x9e3779b97f4a7c15);
-        uint64_t x = *state;
-
-        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-        return (x ^ (x >> 31)) % below;
 }
 
 static bool put(struct ibv_cq *cq, uint64_t number, bool solicited, bool polling)
@@ -211,7 +192,7 @@ static void check_file(const char *file, const char *says)
         int length = ibv_read_sysfs_file(context->device->ibdev_path, file, text, sizeof text);
 
         if (!says ? length >= 0 : (length != (int)strlen(says) || strcmp(text, says)))
-                fail(file, length);
+                FAIL(file);
 }
 
 /* The device's files say what its attributes say. */
@@ -665,7 +646,7 @@ static void watch(time_t until)
                 if (atomic_load(&received) != before)
                         moved = time(NULL);
                 else if (time(NULL) > moved + PATIENCE)
-                        fail("an event was lost", __LINE__);
+                        FAIL("an event was lost");
                 before = atomic_load(&received);
         }
 }

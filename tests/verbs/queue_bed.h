@@ -9,6 +9,7 @@
 #include "../../dataplane/verbs/pair.h"
 #include "../../dataplane/verbs/port.h"
 #include "../../dataplane/verbs/queue_pair.h"
+#include "../dataplane/check.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -21,8 +22,6 @@
 #include <unistd.h>
 
 enum { REMOTE_SHIFT = 16, FIRST_NUMBER = 1000, LIMIT = 128, ALL_ACCESS = 15 };
-
-static uint64_t seed;
 
 /* What devices.c needs of a router. */
 const struct freeflow_services *client_services(void)
@@ -40,25 +39,6 @@ bool client_open(int patience)
 
 void pair_start(void)
 {
-}
-
-static inline void fail(const char *what, int line)
-{
-        fprintf(stderr, "queue pairs: %s (line %d, seed %llu): %s\n", what, line, (unsigned long long)seed,
-                strerror(errno));
-        _exit(1);
-}
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
-
-static inline uint64_t any(uint64_t *state, uint64_t below)
-{
-        *state += UINT64_C(0x9e3779b97f4a7c15);
-        uint64_t x = *state;
-
-        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-        return (x ^ (x >> 31)) % below;
 }
 
 /* Two rings, between inaccessible pages, which processes that fork share. */

@@ -15,6 +15,7 @@
  * same, and nothing outside the ring is used (the pages around it are inaccessible).
  */
 #include "../../dataplane/verbs/record.c"
+#include "../dataplane/check.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -28,27 +29,7 @@
 
 enum { OPEN = 64, LEAST_SHIFT = 16, LEAST = 1000, PATIENCE = 60 };
 
-static uint64_t seed;
 static time_t end;
-
-static void fail(const char *what, int line)
-{
-        fprintf(stderr, "records: %s (line %d, seed %llu): %s\n", what, line, (unsigned long long)seed,
-                strerror(errno));
-        _exit(1);
-}
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
-
-static uint64_t any(uint64_t *state, uint64_t below)
-{
-        *state += UINT64_C(0x9e3779b97f4a7c15);
-        uint64_t x = *state;
-
-        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-        return (x ^ (x >> 31)) % below;
-}
 
 static unsigned char byte_at(uint64_t place)
 {
@@ -224,7 +205,7 @@ static void take(struct record_receiver *receiver, uint64_t place, uint64_t *ran
         record_take(receiver, &cursor, length - first);
         for (uint32_t i = 0; i < length; i++)
                 if (bytes[i] != byte_at(place + i))
-                        fail("a byte is wrong", __LINE__);
+                        FAIL("a byte is wrong");
 }
 
 /* Which sequences of requests are accepted. */

@@ -10,6 +10,7 @@
 #include "../../dataplane/library/services.h"
 #include "../../dataplane/library/sys.h"
 #include "../../dataplane/verbs/record.c"
+#include "../dataplane/check.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -61,24 +62,6 @@ static struct heard heard[QUEUES];
 static uint32_t count, arenas;
 static _Atomic uint32_t arrivals, forks, losses, retirements;
 static int told = -1; /* eventfd: arrived() */
-
-static void fail(const char *what, int line)
-{
-        fprintf(stderr, "services: %s (line %d): %s\n", what, line, strerror(errno));
-        _exit(1);
-}
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
-
-static uint64_t any(uint64_t *state, uint64_t below)
-{
-        *state += UINT64_C(0x9e3779b97f4a7c15);
-        uint64_t x = *state;
-
-        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-        return (x ^ (x >> 31)) % below;
-}
 
 static void say(const char *what)
 {
@@ -394,7 +377,7 @@ static void sleep_on_bells(void)
                 queues[q].hot = true;
 }
 
-static void converse(uint32_t messages, uint64_t seed)
+static void converse(uint32_t messages)
 {
         for (uint32_t i = 0; i < count; i++) {
                 uint64_t side = atomic_load(&queues[i].place.side), number = queues[i].place.slot;
@@ -441,9 +424,9 @@ static void *interfere(void *unused)
 static void meet(uint32_t peer, char **arguments)
 {
         uint32_t messages = (uint32_t)atoi(arguments[0]);
-        uint64_t seed = strtoull(arguments[2], NULL, 0);
         pthread_t thread;
 
+        seed = strtoull(arguments[2], NULL, 0);
         count = (uint32_t)atoi(arguments[1]);
         start();
         open_device();
@@ -453,7 +436,7 @@ static void meet(uint32_t peer, char **arguments)
         pair_up(peer);
         atomic_store(&paired, true);
         CHECK(pthread_join(thread, NULL) == 0);
-        converse(messages, seed);
+        converse(messages);
         for (uint32_t i = 0; i < count; i++)
                 release(&queues[i]);
         CHECK(!forks && !losses && !retirements);
@@ -503,7 +486,8 @@ static void restarted(char **arguments)
         before = epoch;
         say("paired");
         hear();
-        converse(1000, 1);
+        seed = 1;
+        converse(1000);
         CHECK(services->send(&message, sizeof message, before) == ESTALE);
         CHECK(services->epoch() != before);
         while (services->reach(&epoch, PATIENCE) == ENOTCONN)
@@ -611,7 +595,8 @@ static void children(char **arguments)
         CHECK(!here && !forks && services->epoch() == epoch);
         say("none released");
         hear();
-        converse(1000, 2);
+        seed = 2;
+        converse(1000);
         release(&queues[0]);
         release(&queues[1]);
 }
@@ -639,7 +624,8 @@ static void killed(char **arguments)
         pair_up(0);
         CHECK(numbers[0] != numbers[1]);
         CHECK(queues[0].place.arena + queues[1].place.arena == numbers[0] + numbers[1]);
-        converse(1000, 3);
+        seed = 3;
+        converse(1000);
         release(&queues[0]);
         release(&queues[1]);
 }
@@ -679,7 +665,8 @@ static void bypassed(char **arguments)
         hear();
         CHECK(services->reach(&ignored, 0) == 0);
         use_tcp();
-        converse(1000, 4);
+        seed = 4;
+        converse(1000);
         release(&queues[0]);
         release(&queues[1]);
         CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);

@@ -10,6 +10,8 @@
  * peer: prints the number of a queue pair, reads that of another process's, and sends to it, which
  * has no receive. Then it prints what becomes of its requests and the event that it gets.
  */
+#include "../dataplane/check.h"
+
 #include <infiniband/verbs.h>
 
 #include <dirent.h>
@@ -22,14 +24,6 @@
 #include <unistd.h>
 
 enum { ACCESS = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE, WAKINGS = 8, ROUNDS = 200 };
-
-static void fail(const char *what, int line)
-{
-        fprintf(stderr, "sleeper: %s (line %d): %s\n", what, line, strerror(errno));
-        _exit(1);
-}
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
 
 static struct ibv_qp *queues[2];
 static struct ibv_cq *cq;

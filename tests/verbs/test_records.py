@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.dataplane.places import compile_c
-
-SOURCE = Path(__file__).with_name("records.c")
-SECONDS = os.environ.get("TORTURE_SECONDS", "1")
-SANITIZERS = ("", "address,undefined", "thread")
+from tests.verbs.conftest import SANITIZERS, SECONDS, compile_test, run_test, some_seed
 
 
 @pytest.fixture(scope="module", params=SANITIZERS)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled program, without a sanitizer and with each."""
-    if shutil.which("gcc") is None:
-        pytest.skip("missing: gcc")
-    options = ["-std=gnu11", "-D_GNU_SOURCE"]
-    if request.param:
-        options += [f"-fsanitize={request.param}", "-fno-sanitize-recover=all", "-Wno-tsan"]
-    return compile_c(SOURCE, tmp_path_factory.mktemp("records") / "records", *options)
-
-
-def run(program: Path, *arguments: str) -> None:
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+    return compile_test("records", tmp_path_factory.mktemp("records"), request.param)
 
 
 def seeds() -> tuple[str, str]:
     """Two seeds: the least bit says whether the ring is a local one, or has another size."""
-    number = int.from_bytes(os.urandom(4), "big")
+    number = some_seed()
     return str(number | 1), str(number & ~1)
 
 
@@ -42,7 +25,7 @@ def test_rules(program: Path) -> None:
     """A record with one wrong field, or out of order, is rejected; room is shared out as promised,
     and records lie around the ring's end unharmed.
     """
-    run(program, "rules")
+    run_test(program, "rules")
 
 
 @pytest.mark.timeout(2 * int(SECONDS) + 180)
@@ -52,7 +35,7 @@ def test_both_sides(program: Path, sides: str) -> None:
     lacks room, and neither side stops.
     """
     for seed in seeds():
-        run(program, "stress", sides, SECONDS, seed)
+        run_test(program, "stress", sides, SECONDS, seed)
 
 
 @pytest.mark.timeout(2 * int(SECONDS) + 180)
@@ -60,7 +43,7 @@ def test_both_sides(program: Path, sides: str) -> None:
 def test_relayed(program: Path, sides: str) -> None:
     """The same holds if bytes come in parts, and relays report late what was taken."""
     for seed in seeds():
-        run(program, "relayed", sides, SECONDS, seed)
+        run_test(program, "relayed", sides, SECONDS, seed)
 
 
 @pytest.mark.timeout(2 * int(SECONDS) + 180)
@@ -69,4 +52,4 @@ def test_hostile(program: Path) -> None:
     ring is used.
     """
     for seed in seeds():
-        run(program, "hostile", SECONDS, seed)
+        run_test(program, "hostile", SECONDS, seed)
