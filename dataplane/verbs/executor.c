@@ -12,9 +12,17 @@ enum step {
 
 static enum step refuse(struct queue_pair *queue, enum record_refusal refusal, enum queue_event event)
 {
+        struct record_receiver told = {.now = {.operation = RECORD_REFUSED,
+                                               .psn = queue->receiver.now.psn,
+                                               .immediate = (uint32_t)refusal}};
+
         mutex_take(&queue->sending);
-        queue->refused = queue->receiver.now.psn;
-        queue->refusal = refusal;
+        if (atomic_load_explicit(&queue->looped, memory_order_relaxed)) {
+                requester_answer(queue, &told, NULL);
+        } else {
+                queue->refused = told.now.psn;
+                queue->refusal = refusal;
+        }
         mutex_release(&queue->sending);
         queue_fail(queue, event);
         return STEP_STOP;

@@ -114,6 +114,19 @@ uint32_t port_first_number(void)
         return COPY_OF(first);
 }
 
+bool port_find(const union ibv_gid *gid, uint32_t *index)
+{
+        bool found = false;
+
+        mutex_take(&port.mutex);
+        for (uint32_t i = 0; i < PORT_GIDS && !found; i++) {
+                found = !is_none(gid) && memcmp(&port.gids[i], gid, sizeof *gid) == 0;
+                *index = i;
+        }
+        mutex_release(&port.mutex);
+        return found;
+}
+
 bool port_gid(uint32_t index, union ibv_gid *gid)
 {
         if (index >= PORT_GIDS)

@@ -58,6 +58,8 @@ static inline uint32_t port_generation(void)
 bool port_is_active(void);
 /* False: none is in this place. */
 bool port_gid(uint32_t index, union ibv_gid *gid);
+/* Where is this GID? False: it is none of the port's. */
+bool port_find(const union ibv_gid *gid, uint32_t *index);
 /* In network byte order. */
 __be64 port_guid(void);
 uint32_t port_most_queue_pairs(void);

@@ -70,7 +70,9 @@ void post_finish(struct queue_pair *queue)
         waits = queue->sends.next != queue->sends.tail;
         mutex_release(&queue->sending);
         /* What it waits for may have come already. */
-        if (waits)
+        if (atomic_load_explicit(&queue->looped, memory_order_relaxed))
+                progress_loop(queue);
+        else if (waits)
                 progress_make(queue, NULL, false);
         else
                 queue_settle(queue, NULL);
@@ -123,6 +125,8 @@ int post_receive(struct ibv_qp *plain, struct ibv_recv_wr *wr, struct ibv_recv_w
                 mutex_take(&queue->sending);
                 queue_publish(queue);
                 mutex_release(&queue->sending);
+                if (atomic_load_explicit(&queue->looped, memory_order_relaxed))
+                        progress_loop(queue);
         }
         return error;
 }

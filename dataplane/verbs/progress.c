@@ -64,12 +64,26 @@ bool progress_make(struct queue_pair *queue, const struct cq *polled, bool wait)
         return did;
 }
 
+void progress_loop(struct queue_pair *queue)
+{
+        const struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);
+        uint64_t before;
+        bool did;
+
+        do {
+                before = in ? atomic_load_explicit(&in->tail, memory_order_relaxed) : 0;
+                did = progress_make(queue, NULL, true);
+        } while (did || (in && before != atomic_load_explicit(&in->tail, memory_order_relaxed)));
+}
+
 bool progress_arm(struct queue_pair *queue)
 {
         struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);
         struct ring *out = atomic_load_explicit(&queue->out, memory_order_acquire);
         int bell = atomic_load_explicit(&queue->bell, memory_order_acquire);
 
+        if (atomic_load_explicit(&queue->looped, memory_order_relaxed))
+                return true;
         if (!in || !out || bell < 0)
                 return false;
         wait_begin(&in->receivers, bell);

@@ -1,6 +1,7 @@
 #include "qp.h"
 
 #include "attribute_masks.h"
+#include "loop.h"
 #include "numbers.h"
 #include "post_ex.h"
 #include "progress.h"
@@ -64,6 +65,7 @@ static void set_events(struct queue_pair *queue)
 static void free_parts(struct queue_pair *queue)
 {
         post_ex_end(queue);
+        loop_end(queue);
         receive_queue_end(&queue->receives);
         send_queue_end(&queue->sends);
 }
@@ -236,10 +238,20 @@ static int change(struct queue_pair *queue, const struct ibv_qp_attr *set, int m
             !attribute_mask_is_valid(queue->plain.qp_base.qp_type, from, to, mask) || !are_valid(set, mask))
                 return EINVAL;
         set_attributes(&queue->attributes, set, mask);
+        if (mask & IBV_QP_AV)
+                port_gid(set->ah_attr.grh.sgid_index, &queue->gid);
         /* Leaving the other side is not done under the mutexes: queue_reset(). */
         if (to != IBV_QPS_RESET)
                 enter(queue, from, to);
         return 0;
+}
+
+static void pair(struct queue_pair *queue)
+{
+        if (!loop_is_wanted(queue))
+                queue_pairer->ask(queue);
+        else if (!loop_up(queue))
+                queue_lose(queue);
 }
 
 VERB int ibv_modify_qp(struct ibv_qp *plain, struct ibv_qp_attr *set, int mask)
@@ -261,7 +273,9 @@ VERB int ibv_modify_qp(struct ibv_qp *plain, struct ibv_qp_attr *set, int mask)
         if (mask & IBV_QP_STATE && set->qp_state == IBV_QPS_RESET)
                 queue_reset(queue);
         if (mask & IBV_QP_STATE && set->qp_state == IBV_QPS_RTR && from != IBV_QPS_RTR)
-                queue_pairer->ask(queue);
+                pair(queue);
+        if (atomic_load_explicit(&queue->looped, memory_order_relaxed))
+                progress_loop(queue);
         return 0;
 }
 

@@ -277,6 +277,7 @@ static void forget(struct queue_pair *queue)
         atomic_store_explicit(&queue->in, NULL, memory_order_relaxed);
         atomic_store_explicit(&queue->out, NULL, memory_order_relaxed);
         atomic_store_explicit(&queue->failed, false, memory_order_relaxed);
+        atomic_store_explicit(&queue->looped, false, memory_order_relaxed);
 }
 
 void queue_reset(struct queue_pair *queue)

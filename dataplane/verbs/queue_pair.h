@@ -13,6 +13,7 @@
  *
  * Until then requests wait in the send queue. A queue pair that is LOST fails at its oldest
  * request, at once or when there is one: the other side may rightly be gone after the last one.
+ * One that is connected with itself needs no router: loop.h.
  *
  * A queue pair that fails becomes ERR. It takes no more records, so that nothing of the other
  * side's completes as if it were executed, and tells it by CLOSE. All that was posted is flushed.
@@ -50,6 +51,7 @@ struct queue_pair {
         bool signal_all;
         uint32_t domain;
         struct ibv_qp_attr attributes; /* that the program has set */
+        union ibv_gid gid;             /* of its path, from here */
         struct cq *send_cq, *receive_cq;
         struct queue_member members[2]; /* of receive_cq, and of send_cq if that is another one */
         struct event events[QUEUE_EVENTS];
@@ -59,6 +61,8 @@ struct queue_pair {
         _Atomic uint64_t seen; /* in that ring, up to here */
         _Atomic uint32_t open; /* requests in the send queue */
         _Atomic bool owes;     /* there was no room for something that is to be told */
+        _Atomic bool looped;   /* it is connected with itself: loop.h */
+        struct ring *loop;
         /* Of whoever has paired it: */
         struct place place;
         _Atomic uint32_t request; /* the number of what it asks for; 0: nothing */

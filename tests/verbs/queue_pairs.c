@@ -910,6 +910,94 @@ static void check_attributes(void)
         end_all();
 }
 
+/* What is there already: nobody polls for it. */
+static struct ibv_wc taken(struct ibv_cq *cq)
+{
+        struct completions *completions = &cq_of(cq)->completions;
+        struct ibv_wc wc;
+
+        CHECK(completions_take(completions, 1, &wc) == 1);
+        return wc;
+}
+
+static void make_loop(void)
+{
+        struct ibv_qp_attr set = usual_attributes(0);
+
+        make_ends(true);
+        set.dest_qp_num = ends[0].qp->qp_num;
+        CHECK(ibv_query_gid(context, 1, 0, &set.ah_attr.grh.dgid) == 0);
+        become_ready(ends[0].qp, set);
+}
+
+static void check_loop_answers(void)
+{
+        struct ibv_sge from = piece(0, 0, 8), to = piece(0, 8, 8), whole = piece(0, 0, SIZE);
+        struct ibv_send_wr wr = {.sg_list = &from,
+                                 .num_sge = 1,
+                                 .opcode = IBV_WR_RDMA_WRITE,
+                                 .wr.rdma = {to.addr, regions[0]->rkey}};
+        struct ibv_wc wc;
+
+        CHECK(post(0, wr) == 0 && taken(ends[0].sent).status == IBV_WC_SUCCESS);
+        CHECK(memcmp(memory[0], memory[0] + 8, 8) == 0);
+        wr.opcode = IBV_WR_RDMA_READ;
+        wr.sg_list = &whole;
+        wr.wr.rdma.remote_addr = whole.addr;
+        CHECK(post(0, wr) == 0 && taken(ends[0].sent).status == IBV_WC_SUCCESS);
+        wr = (struct ibv_send_wr){.sg_list = &to,
+                                  .num_sge = 1,
+                                  .opcode = IBV_WR_ATOMIC_FETCH_AND_ADD,
+                                  .wr.atomic = {from.addr, 5, 0, regions[0]->rkey}};
+        memset(memory[0], 0, 16);
+        CHECK(post(0, wr) == 0 && post(0, wr) == 0);
+        CHECK(taken(ends[0].sent).status == IBV_WC_SUCCESS && taken(ends[0].sent).opcode == IBV_WC_FETCH_ADD);
+        CHECK(*(uint64_t *)(void *)memory[0] == 10 && *(uint64_t *)(void *)(memory[0] + 8) == 5);
+
+        /* A message that comes before its receive, and one after. */
+        wr = (struct ibv_send_wr){.sg_list = &from, .num_sge = 1, .opcode = IBV_WR_SEND};
+        CHECK(post(0, wr) == 0 && !completions_are_there(&cq_of(ends[0].sent)->completions));
+        CHECK(receive(0, 1, &to, 1) == 0);
+        CHECK(taken(ends[0].sent).status == IBV_WC_SUCCESS && taken(ends[0].received).wr_id == 1);
+        CHECK(receive(0, 2, &to, 1) == 0 && post(0, wr) == 0);
+        CHECK(taken(ends[0].sent).status == IBV_WC_SUCCESS && (wc = taken(ends[0].received)).wr_id == 2);
+        CHECK(wc.byte_len == 8 && *(uint64_t *)(void *)(memory[0] + 8) == 10);
+}
+
+/* A queue pair that is connected with itself has done what it can when a post returns. */
+static void check_loop(void)
+{
+        struct ibv_send_wr wr = {.opcode = IBV_WR_RDMA_READ};
+        struct ibv_sge from;
+        struct ibv_qp_attr reset = {.qp_state = IBV_QPS_RESET};
+
+        if (remote)
+                return;
+        make_loop();
+        check_loop_answers();
+        from = piece(0, 0, 8);
+        wr.sg_list = &from;
+        wr.num_sge = 1;
+        wr.wr.rdma.rkey = regions[0]->rkey;
+        CHECK(post(0, wr) == 0 && taken(ends[0].sent).status == IBV_WC_REM_ACCESS_ERR);
+        CHECK(ends[0].qp->state == IBV_QPS_ERR && post(0, wr) == 0);
+        CHECK(taken(ends[0].sent).status == IBV_WC_WR_FLUSH_ERR);
+        expect_event(IBV_EVENT_QP_ACCESS_ERR, 0);
+
+        /* Later it may be connected with another one, and with itself again. */
+        CHECK(ibv_modify_qp(ends[0].qp, &reset, IBV_QP_STATE) == 0);
+        connect_with(usual_attributes(0), usual_attributes(0));
+        from = piece(0, 0, 100);
+        wr.opcode = IBV_WR_RDMA_WRITE;
+        wr.wr.rdma = (__typeof__(wr.wr.rdma)){(uintptr_t)memory[1], regions[1]->rkey};
+        CHECK(post(0, wr) == 0);
+        CHECK(wait_for(ends[0].sent, ends[1].sent).status == IBV_WC_SUCCESS);
+        end_all();
+        make_loop();
+        check_loop_answers();
+        end_all();
+}
+
 int main(void)
 {
         static void (*const checks[])(void) = {
@@ -922,6 +1010,7 @@ int main(void)
             check_other_gone,  check_executes_before_close,
             check_again,       check_drain,
             check_windows,     check_addresses,
+            check_loop,
         };
 
         queue_pairer = &pairer;
