@@ -63,12 +63,21 @@ static void set_bell(void *owner, void *argument)
                 atomic_store_explicit(&queue->bell, watched->bell, memory_order_release);
 }
 
+/* Under the mutex. */
+static void wake(void)
+{
+        const struct freeflow_services *here = client_services();
+        uint64_t one = 1;
+
+        if (here && agent.wake && here->is_own_descriptor(agent.wake - 1))
+                sys_3(SYS_write, agent.wake - 1, &one, sizeof one);
+}
+
 int agent_join(const struct place *place)
 {
         const struct freeflow_services *here = client_services();
         uint32_t arena = atomic_load_explicit(&place->arena, memory_order_relaxed);
         struct watched *watched;
-        uint64_t one = 1;
         int bell = -1;
 
         mutex_take(&agent.mutex);
@@ -81,8 +90,7 @@ int agent_join(const struct place *place)
                 watched->users++;
                 bell = watched->bell;
         }
-        if (agent.wake)
-                sys_3(SYS_write, agent.wake - 1, &one, sizeof one);
+        wake();
         mutex_release(&agent.mutex);
         return bell;
 }
@@ -237,8 +245,8 @@ static void *run(void *unused)
                 check_wake(here);
                 if (unasked)
                         client_open(0);
-                numbers_each(go_on, &turn);
                 client_receive();
+                numbers_each(go_on, &turn);
                 unasked = turn.unasked;
                 if (turn.did && turn.arm)
                         continue;
@@ -285,6 +293,7 @@ bool agent_start(void)
         mutex_take(&agent.mutex);
         if (!agent.runs)
                 agent.runs = make_thread();
+        wake();
         mutex_release(&agent.mutex);
         return agent.runs;
 }

@@ -14,7 +14,7 @@
 
 #include "queue_pair.h"
 
-/* Run from now on, unless it does already. False: there is no thread. */
+/* Run from now on, and look at once at all there is. False: there is no thread. */
 bool agent_start(void);
 /* A queue pair is about to have this place. Returns the bell of its arena, or -1: there is none
  * yet. */

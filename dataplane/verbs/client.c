@@ -18,6 +18,9 @@ static _Atomic int arrivals = -1; /* an eventfd: messages are kept for us */
 static struct mutex opening;   /* while a thread asks for the device */
 static struct mutex receiving; /* while a thread takes messages */
 
+/* 1 + the epoch of the socket by which a device is described; 0: by none. */
+static _Atomic uint64_t describer;
+
 /* Under `receiving`: what this socket's router has said of the port. */
 static struct {
         uint32_t epoch;
@@ -51,6 +54,7 @@ static void forked(void)
         opening = receiving = (struct mutex){0};
         memset(&port_of_router, 0, sizeof port_of_router);
         atomic_store(&arrivals, -1);
+        atomic_store(&describer, 0);
         port_forget();
         opening_forget();
         if (told)
@@ -184,6 +188,7 @@ static void describe(const struct verbs_message *message)
         if (is_all(device->count)) {
                 changed |= device->count && clear_others();
                 port_of_router.complete = true;
+                atomic_store(&describer, device->count ? message->epoch + UINT64_C(1) : 0);
         }
         if (changed)
                 opening_tell_gids_changed();
@@ -289,6 +294,16 @@ static bool open_before(const struct freeflow_services *here, uint64_t deadline)
                         return false;
                 wait_for_message(here, left);
         }
+}
+
+bool client_epoch(uint32_t *epoch)
+{
+        const struct freeflow_services *here = client_services();
+
+        if (!here)
+                return false;
+        *epoch = here->epoch();
+        return atomic_load(&describer) == *epoch + UINT64_C(1);
 }
 
 bool client_open(int patience)

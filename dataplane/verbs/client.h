@@ -23,6 +23,9 @@ const struct freeflow_services *client_services(void);
 /* Ask the router for the device, unless this socket's router has been. Waits until it has described
  * all of the port, at most `patience` ms, if it has not done so before. False: it hasn't. */
 bool client_open(int patience);
+/* The socket by which the router has described a device. False: the one that is there now has not,
+ * or there is none: wait for it, or call client_open(). May be called with any lock held. */
+bool client_epoch(uint32_t *epoch);
 /* Take all that the router has said. */
 void client_receive(void);
 /* Readable when client_receive() has something to take that somebody else has read from the

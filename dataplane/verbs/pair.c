@@ -12,20 +12,26 @@
 /* While a request is sent, so that each is sent once by a socket. */
 static struct mutex asking;
 
-static void ask_by(const struct freeflow_services *here, struct queue_pair *queue, uint32_t epoch)
+/* Ask, unless that has been done by the router's socket that is there. It is not done before the
+ * router has described the device, which it may number anew. */
+static void ask_by_socket(const struct freeflow_services *here, struct queue_pair *queue)
 {
-        const struct ibv_ah_attr *path = &queue->attributes.ah_attr;
         struct v_queue_pair wanted = {
             .message = {.kind = V_QUEUE_PAIR, .size = sizeof wanted},
             .request = atomic_load(&queue->request),
             .qpn = queue->plain.qp_base.qp_num,
             .peer_qpn = queue->attributes.dest_qp_num,
-            .gid_index = path->grh.sgid_index,
             .type = queue->plain.qp_base.qp_type,
             .paired = queue_paired(queue) == QUEUE_PAIRED,
         };
+        uint32_t epoch;
 
-        memcpy(wanted.peer_gid.bytes, path->grh.dgid.raw, sizeof wanted.peer_gid.bytes);
+        if (queue->asked_for && queue->asked_by == here->epoch())
+                return;
+        queue->asked_for = false;
+        if (!client_epoch(&epoch) || !port_find(&queue->gid, &wanted.gid_index))
+                return;
+        memcpy(wanted.peer_gid.bytes, queue->attributes.ah_attr.grh.dgid.raw, sizeof wanted.peer_gid.bytes);
         queue->asked_for = here->send(&wanted, sizeof wanted, epoch) == 0;
         queue->asked_by = epoch;
 }
@@ -37,11 +43,13 @@ static void ask(struct queue_pair *queue)
 
         if (!here)
                 return;
-        agent_start();
         mutex_take(&asking);
         atomic_store(&queue->request, requests = requests + 1 ? requests + 1 : 1);
-        ask_by(here, queue, here->epoch());
+        queue->asked_for = false;
+        ask_by_socket(here, queue);
         mutex_release(&asking);
+        /* To wait for the answer, and not for ever. */
+        agent_start();
 }
 
 /* The request goes with the socket. A router that comes after has to know of it all the same, to
@@ -55,8 +63,7 @@ static bool ask_again(struct queue_pair *queue)
                 return true;
         mutex_take(&asking);
         if (atomic_load(&queue->request)) {
-                if (!queue->asked_for || queue->asked_by != here->epoch())
-                        ask_by(here, queue, here->epoch());
+                ask_by_socket(here, queue);
                 asked = queue->asked_for;
         }
         mutex_release(&asking);
@@ -99,7 +106,11 @@ static void refused(void *owner, void *argument)
         struct queue_pair *queue = owner;
         const struct verbs_message *message = argument;
 
-        if (is_wanted(queue, message->refuse.request))
+        if (!is_wanted(queue, message->refuse.request))
+                return;
+        /* A router that refuses what another one has paired can't tell when the peer is gone, which
+         * it need not be. */
+        if (queue_paired(queue) == QUEUE_ASKED || message->refuse.reason == REASON_PEER_CLOSED)
                 queue_lose(queue);
 }
 
@@ -130,11 +141,11 @@ static void leave(struct queue_pair *queue)
                 agent_leave(&queue->place);
         if (!here)
                 return;
-        mutex_take(&asking);
-        atomic_store(&queue->request, 0);
-        here->send(&end, sizeof end, here->epoch());
-        mutex_release(&asking);
         here->release(&queue->place);
+        mutex_take(&asking);
+        if (atomic_exchange(&queue->request, 0))
+                here->send(&end, sizeof end, here->epoch());
+        mutex_release(&asking);
 }
 
 static void ring(struct queue_pair *queue, struct waiters *waiters)

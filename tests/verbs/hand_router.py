@@ -138,6 +138,13 @@ class HandRouter:
             assert time.monotonic() < until, self.releases
             time.sleep(0.01)
 
+    def await_ends(self, count: int) -> None:
+        """Wait until so many queue pairs have ended."""
+        until = time.monotonic() + patience(5)
+        while len(self.ends) < count:
+            assert time.monotonic() < until, self.ends
+            time.sleep(0.01)
+
     def used(self) -> int:
         """Bytes of memory that the arenas use."""
         return sum(self._memory.used(arena.memory) for arena in self.arenas)

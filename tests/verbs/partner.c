@@ -1,0 +1,260 @@
+/* A process with queue pairs, which does what it is told line by line. Each line has one answer.
+ *
+ *      make                 a queue pair: its number, and the address and the key of its memory
+ *      connect N ADDRESS KEY    the last one with number N, whose memory is there
+ *      write COUNT          so many writes: how many have succeeded, and the first error
+ *      sleep COUNT          the same, asleep until each is complete
+ *      send COUNT           messages, for which the other side has no receive: the same
+ *      flood poll|sleep     reads, writes and atomics without end; "begun", and when they fail how
+ *                           each of those that were open has ended
+ *      event                the next asynchronous event
+ *      destroy              the last one
+ *      fork                 the child answers from now on: how polling its parent's queue fails
+ *      confine              the process confines itself to certain system calls
+ */
+#include "../dataplane/check.h"
+
+#include <infiniband/verbs.h>
+
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <poll.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <time.h>
+
+enum {
+        OPEN = 16,
+        WORDS = 2 * OPEN,
+        LENGTH = 100000,
+        SECONDS = 30,
+        ACCESS = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ |
+                 IBV_ACCESS_REMOTE_ATOMIC,
+};
+
+static struct ibv_context *context;
+static struct ibv_comp_channel *channel;
+static struct ibv_cq *cq;
+static struct ibv_pd *pd;
+static struct ibv_mr *region;
+static struct ibv_qp *last;
+static union ibv_gid gid;
+static uint64_t peer_address;
+static uint32_t peer_key;
+
+static void open_device(void)
+{
+        struct ibv_device **list = ibv_get_device_list(NULL);
+
+        CHECK(list && list[0] && (context = ibv_open_device(list[0])));
+        CHECK((pd = ibv_alloc_pd(context)) && (channel = ibv_create_comp_channel(context)));
+        CHECK((cq = ibv_create_cq(context, 4 * OPEN, NULL, channel, 0)));
+        CHECK(ibv_query_gid(context, 1, 0, &gid) == 0);
+        CHECK((region = ibv_reg_mr(pd, calloc(2, LENGTH), 2 * LENGTH, ACCESS)));
+}
+
+static void make(void)
+{
+        struct ibv_qp_init_attr wanted = {
+            .qp_type = IBV_QPT_RC,
+            .cap = {.max_send_wr = OPEN, .max_recv_wr = OPEN, .max_send_sge = 1, .max_recv_sge = 1},
+            .sq_sig_all = 1};
+
+        if (!context)
+                open_device();
+        wanted.send_cq = wanted.recv_cq = cq;
+        CHECK((last = ibv_create_qp(pd, &wanted)));
+        printf("%u %llu %u\n", last->qp_num, (unsigned long long)(uintptr_t)region->addr, region->rkey);
+}
+
+static void connect_last(uint32_t number)
+{
+        struct ibv_qp_attr set = {.qp_state = IBV_QPS_INIT,
+                                  .port_num = 1,
+                                  .qp_access_flags = ACCESS,
+                                  .path_mtu = IBV_MTU_1024,
+                                  .dest_qp_num = number,
+                                  .max_rd_atomic = 4,
+                                  .max_dest_rd_atomic = 4,
+                                  .min_rnr_timer = 1,
+                                  .retry_cnt = 7,
+                                  .rnr_retry = 7,
+                                  .ah_attr = {.is_global = 1, .port_num = 1, .grh = {.dgid = gid}}};
+
+        CHECK(ibv_modify_qp(last, &set,
+                            IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS) == 0);
+        set.qp_state = IBV_QPS_RTR;
+        CHECK(ibv_modify_qp(last, &set,
+                            IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
+                                IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER) == 0);
+        set.qp_state = IBV_QPS_RTS;
+        CHECK(ibv_modify_qp(last, &set,
+                            IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
+                                IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC) == 0);
+}
+
+static void post(enum ibv_wr_opcode opcode, uint32_t length)
+{
+        struct ibv_sge piece = {
+            .addr = (uintptr_t)region->addr + LENGTH, .length = length, .lkey = region->lkey};
+        struct ibv_send_wr wr = {.opcode = opcode, .sg_list = &piece, .num_sge = 1}, *bad;
+
+        if (opcode == IBV_WR_ATOMIC_FETCH_AND_ADD) {
+                wr.wr.atomic.remote_addr = peer_address;
+                wr.wr.atomic.compare_add = 1;
+                wr.wr.atomic.rkey = peer_key;
+        } else {
+                wr.wr.rdma.remote_addr = peer_address;
+                wr.wr.rdma.rkey = peer_key;
+        }
+        CHECK(ibv_post_send(last, &wr, &bad) == 0);
+}
+
+/* One completion. It fails if there is none for a long time. */
+static struct ibv_wc wait_for_one(bool asleep)
+{
+        struct pollfd event = {.fd = channel->fd, .events = POLLIN};
+        time_t end = time(NULL) + SECONDS;
+        struct ibv_cq *told;
+        struct ibv_wc wc;
+        void *of_program;
+
+        while (!ibv_poll_cq(cq, 1, &wc)) {
+                CHECK(time(NULL) < end);
+                if (!asleep)
+                        continue;
+                CHECK(ibv_req_notify_cq(cq, 0) == 0);
+                if (ibv_poll_cq(cq, 1, &wc))
+                        break;
+                CHECK(poll(&event, 1, SECONDS * 1000) == 1);
+                CHECK(ibv_get_cq_event(channel, &told, &of_program) == 0);
+                ibv_ack_cq_events(cq, 1);
+        }
+        return wc;
+}
+
+static void do_some(enum ibv_wr_opcode opcode, int count, bool asleep)
+{
+        enum ibv_wc_status status = IBV_WC_SUCCESS;
+        int good = 0;
+
+        for (int i = 0; i < count && status == IBV_WC_SUCCESS; i++) {
+                post(opcode, 8);
+                status = wait_for_one(asleep).status;
+                good += status == IBV_WC_SUCCESS;
+        }
+        printf("%d %s\n", good, ibv_wc_status_str(status));
+}
+
+static void flood(bool asleep)
+{
+        static const enum ibv_wr_opcode opcodes[] = {IBV_WR_RDMA_WRITE, IBV_WR_RDMA_READ,
+                                                     IBV_WR_ATOMIC_FETCH_AND_ADD};
+        static const uint32_t lengths[] = {LENGTH, 8, 1000};
+        enum ibv_wc_status status;
+        uint32_t number = 0;
+
+        for (; number < OPEN; number++)
+                post(opcodes[number % 3], number % 3 == 2 ? 8 : lengths[number / 3 % 3]);
+        puts("begun");
+        fflush(stdout);
+        while ((status = wait_for_one(asleep).status) == IBV_WC_SUCCESS) {
+                post(opcodes[number % 3], number % 3 == 2 ? 8 : lengths[number / 3 % 3]);
+                number++;
+        }
+        printf("%s", ibv_wc_status_str(status));
+        for (int i = 1; i < OPEN; i++)
+                printf(", %s", ibv_wc_status_str(wait_for_one(asleep).status));
+        puts("");
+}
+
+static void event(void)
+{
+        struct pollfd waits = {.fd = context->async_fd, .events = POLLIN};
+        struct ibv_async_event found;
+
+        CHECK(poll(&waits, 1, SECONDS * 1000) == 1 && ibv_get_async_event(context, &found) == 0);
+        puts(ibv_event_type_str(found.event_type));
+        ibv_ack_async_event(&found);
+}
+
+/* What it has of its parent's fails, and can be given up. */
+static void become_child(void)
+{
+        pid_t child = fork();
+        struct ibv_wc wc;
+        int status;
+
+        if (child) {
+                waitpid(child, &status, 0);
+                CHECK(status == 0);
+                return;
+        }
+        printf("%d\n", ibv_poll_cq(cq, 1, &wc));
+        CHECK(ibv_destroy_qp(last) == 0 && ibv_dereg_mr(region) == 0 && ibv_destroy_cq(cq) == 0);
+        CHECK(ibv_destroy_comp_channel(channel) == 0 && ibv_dealloc_pd(pd) == 0);
+        CHECK(ibv_close_device(context) == 0);
+        context = NULL;
+}
+
+static void confine(void)
+{
+        struct sock_filter all = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+        struct sock_fprog filter = {.len = 1, .filter = &all};
+
+        CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+        CHECK(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0);
+        puts("confined");
+}
+
+static void obey(const char *word, const char *rest)
+{
+        unsigned long long address = 0;
+        unsigned int number = 0, key = 0;
+
+        if (strcmp(word, "make") == 0) {
+                make();
+        } else if (strcmp(word, "connect") == 0) {
+                CHECK(sscanf(rest, "%u %llu %u", &number, &address, &key) == 3);
+                peer_address = address;
+                peer_key = key;
+                connect_last(number);
+                puts("connected");
+        } else if (strcmp(word, "write") == 0) {
+                do_some(IBV_WR_RDMA_WRITE, atoi(rest), false);
+        } else if (strcmp(word, "sleep") == 0) {
+                do_some(IBV_WR_RDMA_WRITE, atoi(rest), true);
+        } else if (strcmp(word, "send") == 0) {
+                do_some(IBV_WR_SEND, atoi(rest), false);
+        } else if (strcmp(word, "flood") == 0) {
+                flood(strcmp(rest, "sleep") == 0);
+        } else if (strcmp(word, "event") == 0) {
+                event();
+        } else if (strcmp(word, "destroy") == 0) {
+                CHECK(ibv_destroy_qp(last) == 0);
+                puts("destroyed");
+        } else if (strcmp(word, "fork") == 0) {
+                become_child();
+        } else if (strcmp(word, "confine") == 0) {
+                confine();
+        }
+}
+
+int main(void)
+{
+        char line[100], word[20];
+        int end;
+
+        /* No line of the parent's is read by a child. */
+        setvbuf(stdin, NULL, _IONBF, 0);
+        while (fgets(line, sizeof line, stdin)) {
+                line[strcspn(line, "\n")] = 0;
+                end = 0;
+                if (sscanf(line, "%19s %n", word, &end) == 1)
+                        obey(word, line + end);
+                fflush(stdout);
+        }
+        return 0;
+}

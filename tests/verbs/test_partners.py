@@ -1,0 +1,198 @@
+"""Processes whose queue pairs the real router pairs: what becomes of one when the other, or the
+router, goes. See `partner.c`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from testbed.patience import patience
+from tests.dataplane.places import LIBRARY, compile_c
+from tests.verbs.conftest import HEADER, HERE
+from tests.verbs.router import TestRouter, router
+
+SUCCESS: Final = "success"
+LOST: Final = "transport retry counter exceeded"
+FLUSHED: Final = "Work Request Flushed Error"
+FATAL: Final = "local work queue catastrophic error"
+OPEN: Final = 16
+"""Requests that `flood` keeps open."""
+
+
+class Partner:
+    """A process of `partner.c`."""
+
+    def __init__(self, command: list[Path], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def tell(self, line: str) -> None:
+        """Send it a line."""
+        assert self.process.stdin
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> str:
+        """Its next answer."""
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def ask(self, line: str) -> str:
+        """Its answer to a line."""
+        self.tell(line)
+        return self.hear()
+
+    def kill(self) -> None:
+        """Kill it, as a crash does."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Partners:
+    """Two of them, and their router."""
+
+    def __init__(self, made: TestRouter, program: Path, library: Path) -> None:
+        self.router = made
+        self.command = [program]
+        self.environment = {"LD_PRELOAD": f"{LIBRARY}:{library}", **made.environment}
+        self.both = [self.start(), self.start()]
+
+    def start(self) -> Partner:
+        """A process, without a queue pair."""
+        return Partner(self.command, self.environment)
+
+    def connect(self) -> None:
+        """Make a queue pair in each, connected with each other."""
+        made = [partner.ask("make") for partner in self.both]
+        for partner, of_peer in zip(self.both, reversed(made), strict=True):
+            assert partner.ask(f"connect {of_peer}") == "connected"
+
+
+@pytest.fixture(scope="module")
+def program(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program `partner.c`."""
+    if shutil.which("gcc") is None or not HEADER.exists() or not LIBRARY.exists():
+        pytest.skip(f"missing: gcc, {HEADER} (make setup), {LIBRARY} (make library)")
+    to = tmp_path_factory.mktemp("partner") / "partner"
+    return compile_c(HERE / "partner.c", to, "-Wl,--no-as-needed", str(library))
+
+
+@pytest.fixture
+def partners(program: Path, library: Path, tmp_path: Path) -> Iterator[Partners]:
+    """Two processes that are not connected yet."""
+    with router(tmp_path) as made:
+        pair = Partners(made, program, library)
+        try:
+            yield pair
+        finally:
+            for partner in pair.both:
+                partner.kill()
+
+
+@pytest.mark.parametrize("how", ["poll", "sleep"])
+def test_killed_at_work(partners: Partners, how: str) -> None:
+    """If a process is killed while both read, write and add, its peer's oldest request fails, the
+    others are flushed and the program has an event, also if it sleeps.
+    """
+    for _ in range(3):
+        partners.connect()
+        for partner in partners.both:
+            assert partner.ask(f"flood {how}") == "begun"
+        time.sleep(0.1)
+        assert [partner.process.poll() for partner in partners.both] == [None, None]
+        killed, other = partners.both
+        killed.kill()
+        assert other.hear() == ", ".join([LOST] + [FLUSHED] * (OPEN - 1))
+        assert other.ask("event") == FATAL
+        assert other.ask("destroy") == "destroyed"
+        partners.both = [partners.start(), other]
+
+
+def test_killed_while_idle(partners: Partners) -> None:
+    """If a process is killed while nothing is open, its peer hears of it at its next request."""
+    partners.connect()
+    killed, other = partners.both
+    assert other.ask("write 3") == f"3 {SUCCESS}"
+    killed.kill()
+    assert other.ask("write 1") == f"0 {LOST}"
+
+
+def test_another_router(partners: Partners) -> None:
+    """When the router is lost, what is paired goes on; what waits is paired by the next one, which
+    also tells of a peer's end.
+    """
+    first, second = partners.both
+    partners.connect()
+    assert [partner.ask("write 1") for partner in partners.both] == [f"1 {SUCCESS}"] * 2
+    partners.router.kill()
+    assert [partner.ask("write 100") for partner in partners.both] == [f"100 {SUCCESS}"] * 2
+    assert first.ask("sleep 100") == f"100 {SUCCESS}"
+    partners.router.start()
+    assert first.ask("write 100") == f"100 {SUCCESS}"
+    time.sleep(patience(2))  # for the queue pairs to be told of
+    first.tell("send 1")
+    time.sleep(0.2)  # for the request to be open
+    second.kill()
+    assert first.hear() == f"0 {LOST}"
+    assert first.ask("event") == FATAL
+
+
+def test_paired_later(partners: Partners) -> None:
+    """Queue pairs that ask while there is no router, or ask one that is lost, are paired in the
+    end.
+    """
+    first, second = partners.both
+    made = [partner.ask("make") for partner in partners.both]
+    assert first.ask(f"connect {made[1]}") == "connected"
+    time.sleep(0.2)
+    partners.router.kill()
+    assert second.ask(f"connect {made[0]}") == "connected"
+    first.tell("sleep 10")
+    time.sleep(0.2)
+    partners.router.start()
+    assert first.hear() == f"10 {SUCCESS}"
+    assert second.ask("write 10") == f"10 {SUCCESS}"
+
+
+def test_child(partners: Partners) -> None:
+    """A child of fork has nothing of its parent's queue pairs, and disturbs neither of them; it may
+    have its own.
+    """
+    first, second = partners.both
+    partners.connect()
+    first.tell("fork")
+    assert first.hear() == "-5"  # -EIO
+    assert second.ask("write 10") == f"10 {SUCCESS}"
+    partners.connect()
+    assert [partner.ask("write 10") for partner in partners.both] == [f"10 {SUCCESS}"] * 2
+
+
+def test_confined(partners: Partners) -> None:
+    """The peer of a process that confines itself to certain system calls loses it."""
+    first, second = partners.both
+    partners.connect()
+    assert second.ask("write 10") == f"10 {SUCCESS}"
+    assert first.ask("confine") == "confined"
+    assert second.ask("send 1") == f"0 {LOST}"
+
+
+def test_itself(partners: Partners) -> None:
+    """A queue pair that is connected with itself needs no peer."""
+    partner = partners.both[0]
+    assert partner.ask(f"connect {partner.ask('make')}") == "connected"
+    assert partner.ask("write 100") == f"100 {SUCCESS}"
+    assert partner.ask("sleep 100") == f"100 {SUCCESS}"
+    assert partner.ask("destroy") == "destroyed"
