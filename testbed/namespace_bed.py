@@ -333,9 +333,8 @@ def bed(
     accept descriptors, as on kernels before Linux 6.16.
     """
     folder = Path(tempfile.mkdtemp(prefix="freeflow-bed-"))
-    shared = folder / "shared"
-    shared.mkdir(mode=0o755)
     folder.chmod(0o755)
+    (shared := folder / "shared").mkdir(mode=0o755)
     if library is not None:
         shutil.copy(library, shared / LIBRARY)
     containers = {

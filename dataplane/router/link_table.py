@@ -277,8 +277,8 @@ class LinkTable:
             link.timer.cancel()
             link.timer = None
 
-    def stop_deadline(self, link: Link) -> None:
-        """The connections of a link are not reset."""
-        if link.deadline is not None:
-            link.deadline.cancel()
-            link.deadline = None
+    def forget_number(self, link: Link) -> None:
+        """The relay has no end of a link any more."""
+        link.own = link.address = b""
+        self._numbers.pop(link.number, None)
+        link.number = link.shared = NOTHING

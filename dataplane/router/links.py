@@ -24,6 +24,7 @@ import structlog
 
 from dataplane.router import relay_wire as relay
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.link_deadlines import GIVE_UP, LinkDeadlines
 from dataplane.router.link_table import (
     ABSENT,
     NOTHING,
@@ -49,12 +50,6 @@ AGAIN: Final = (0.0, 1.0, 2.0)
 LEAST_PAUSE: Final = 1.0
 MOST_PAUSE: Final = 60.0
 """Seconds between attempts at a link without connections, doubled each time."""
-GIVE_UP: Final = {Transport.RDMA: 30.0, Transport.RELAY: 924.6}
-"""Seconds without a link after which its connections are reset. With TCP, which may cross the same
-network, those that have had something on the way for as long as a TCP connection of its own would
-try (tcp_retries2 in the kernel's ip-sysctl.rst). An idle TCP connection would stay."""
-CHECKS: Final = 4
-"""Checks of a link over TCP in that time."""
 KINDS: Final = {Transport.RDMA: relay.VERBS, Transport.RELAY: relay.TCP}
 """The relay's numbers of transports."""
 _WORDS: Final = {Transport.RDMA: "", Transport.RELAY: "relay"}
@@ -80,6 +75,7 @@ class Links(LinkTable):
         self._sessions = sessions
         self._send = sessions.send
         self._sockets = sockets(self)
+        self._deadlines = LinkDeadlines(loop, tell_relay, self._reset)
         self._kinds = kinds
         self._next = itertools.count(1)
         self._attempts = itertools.count(1)
@@ -126,8 +122,8 @@ class Links(LinkTable):
         """All links are gone, with their connections."""
         for link in self._links.values():
             self.cancel(link)
-            self._forget_number(link)
             self._set(link, LinkState.NONE)
+            self.forget_number(link)
             link.reason = "the relay ended"
 
     def forget(self, peer: IPAddress) -> None:
@@ -207,8 +203,7 @@ class Links(LinkTable):
         self._up(link)
 
     def _up(self, link: Link) -> None:
-        transport = link.transport.value
-        log.info("link up", peer=str(link.peer), transport=transport, again=link.again)
+        log.info("link up", peer=str(link.peer), transport=link.transport.value, again=link.again)
         self.cancel(link)
         link.tries = 0
         link.reason = ""
@@ -238,13 +233,11 @@ class Links(LinkTable):
         link = self._numbers.get(message.link)
         if link is not None and link.state is LinkState.STREAM:
             link.frames.append(message.data)
-            self._flush(link)
+            self.eased(link.peer)
 
     def eased(self, peer: IPAddress) -> None:
-        """The session with a peer has room again."""
-        self._flush(self.link(peer))
-
-    def _flush(self, link: Link) -> None:
+        """Send the frames that wait, as far as the session with a peer has room."""
+        link = self.link(peer)
         while link.frames and not self._sessions.congested(link.peer):
             self._send(link.peer, PeerFrame(link.shared, link.frames.popleft()))
 
@@ -260,8 +253,7 @@ class Links(LinkTable):
             self._send(peer, LinkRefused(NOTHING, "there is no such link"))
             return
         if transport is None or transport not in self._owner.transports(peer):
-            text = ABSENT[transport]
-            self._send(peer, LinkRefused(message.link, text, attempt=message.attempt))
+            self._send(peer, _absent(message, transport))
             return
         self.cancel(link)
         if not message.again:
@@ -300,9 +292,7 @@ class Links(LinkTable):
             # The follower has a device now.
             self.wake(peer)
         elif message.link == NOTHING:
-            if link.state in (LinkState.UP, LinkState.DOWN, LinkState.STREAM) or (
-                link.state is LinkState.MAKING and link.again
-            ):
+            if link.state is not LinkState.MAKING or link.again:
                 self._lose(link, message.text)
                 self._retry(link)
         elif not _is_current(link, message):
@@ -366,8 +356,7 @@ class Links(LinkTable):
 
     def _refuse(self, link: Link, shared: int) -> None:
         """Follower: our end doesn't work."""
-        text = _plain(link.reason)
-        self._send(link.peer, LinkRefused(shared, text, link.worked, link.attempt))
+        self._send(link.peer, LinkRefused(shared, _plain(link.reason), link.worked, link.attempt))
 
     def _recover(self, link: Link) -> None:
         """A link with connections: try again, or give its transport up after the last attempt.
@@ -427,7 +416,7 @@ class Links(LinkTable):
         self.cancel(link)
         log.warning("link lost; back to TCP", peer=str(link.peer), reason=link.reason)
         # However long there was no link, now they need a moment.
-        self.stop_deadline(link)
+        self._deadlines.stop(link)
         self._set(link, LinkState.STREAM)
         self._tell_relay(relay.Number(RelayKind.STREAM, link.number))
         self._owner.link_failed(link.peer)
@@ -440,13 +429,8 @@ class Links(LinkTable):
         self._owner.link_lost(link.peer)
         self._unlink(link)
 
-    def _give_up(self, link: Link) -> None:
-        link.deadline = None
-        if link.transport is Transport.RELAY and link.state is not LinkState.STREAM:
-            # One more, as bytes may have come just before the first.
-            self._tell_relay(relay.Number(RelayKind.EXPIRE, link.number, CHECKS + 1))
-            self._start_deadline(link)
-            return
+    def _reset(self, link: Link) -> None:
+        """There was no link for too long."""
         log.error(
             "link can't be made again; its connections are reset",
             peer=str(link.peer),
@@ -457,16 +441,10 @@ class Links(LinkTable):
         self._retry(link)
 
     def _unlink(self, link: Link) -> None:
+        self._set(link, LinkState.NONE)
         if link.number:
             self._tell_relay(relay.Number(RelayKind.UNLINK, link.number))
-            self._forget_number(link)
-        self._set(link, LinkState.NONE)
-
-    def _forget_number(self, link: Link) -> None:
-        self._sockets.cancel(link.number)
-        link.own = link.address = b""
-        self._numbers.pop(link.number, None)
-        link.number = link.shared = NOTHING
+            self.forget_number(link)
 
     def _set(self, link: Link, state: LinkState) -> None:
         link.state = state
@@ -476,15 +454,9 @@ class Links(LinkTable):
         if state is not LinkState.MAKING:
             link.awaited = ""
         if state in (LinkState.NONE, LinkState.UP):
-            self.stop_deadline(link)
+            self._deadlines.stop(link)
         elif state is not LinkState.MAKING and link.deadline is None:
-            self._start_deadline(link)
-
-    def _start_deadline(self, link: Link) -> None:
-        seconds = GIVE_UP[link.transport]
-        if link.transport is Transport.RELAY and link.state is not LinkState.STREAM:
-            seconds /= CHECKS
-        link.deadline = self._loop.after(seconds, lambda: self._give_up(link))
+            self._deadlines.start(link)
 
 
 def _is_known(link: Link, offer: LinkOffer) -> bool:
@@ -495,6 +467,11 @@ def _is_known(link: Link, offer: LinkOffer) -> bool:
         and link.state is not LinkState.STREAM
         and _WORDS[link.transport] == offer.transport
     )
+
+
+def _absent(offer: LinkOffer, transport: Transport | None) -> LinkRefused:
+    """The hosts don't share the transport of an offer; None: this router doesn't know it."""
+    return LinkRefused(offer.link, ABSENT[transport], attempt=offer.attempt)
 
 
 def _is_current(link: Link, message: LinkAnswer | LinkRefused) -> bool:

@@ -16,9 +16,10 @@ from dataplane.router import library_wire as wire
 from dataplane.router import peer_wire
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.link_deadlines import CHECKS, GIVE_UP
 from dataplane.router.link_table import LOSSES
 from dataplane.router.link_transport import FAILURES, LASTS, LEAST_REST, MOST_REST
-from dataplane.router.links import AGAIN, CHECKS, GIVE_UP, STEP
+from dataplane.router.links import AGAIN, STEP
 from dataplane.router.reasons import STATUS_ONLY, Reason
 from dataplane.router.remote import OPENING, SESSION_PATIENCE
 from dataplane.router.remote_connections import CONNECTIONS
