@@ -552,7 +552,9 @@ def test_coming_and_going_side_by_side(tmp_path: Path) -> None:
 
 
 def test_hundred_containers_at_once(tmp_path: Path) -> None:
-    """The driver itself adds less than 5 ms to a container's start, with a hundred at once."""
+    """The driver itself takes less than 5 ms of a processor for a container's start, with a hundred
+    at once.
+    """
     driver = Driver(Store(tmp_path), SteppedKernel(Steps()), DriverConfig(), clock=time.time)
     driver.create_network(NET, {}, (POOL,))
 
@@ -561,9 +563,10 @@ def test_hundred_containers_at_once(tmp_path: Path) -> None:
         driver.join(NET, endpoint_id(number), SANDBOX)
 
     with ThreadPoolExecutor(16) as pool:
-        began = time.perf_counter()
+        # Not the time on the clock: that says how busy the machine is.
+        began = time.process_time()
         assert list(pool.map(start, range(2, 102))) == [None] * 100
-        took = time.perf_counter() - began
+        took = time.process_time() - began
     assert took / 100 < 0.005
     assert len(driver.store.endpoints()) == 100
 
