@@ -210,7 +210,7 @@ def _released(state: EndState, _: Event) -> Step:
 
 
 def _ended(state: EndState, *actions: Action) -> Step:
-    """One direction has ended, or both. Only a granted peer can end them."""
+    """The peer's direction has ended, or both. Only a granted peer can end it."""
     if state.closed and state.received and state.sent:
         return replace(state, phase=Phase.DROPPING), (*actions, Drop())
     return replace(state, phase=Phase.GRANTED), actions
@@ -221,7 +221,9 @@ def _all_received(state: EndState, _: Event) -> Step:
 
 
 def _all_sent(state: EndState, _: Event) -> Step:
-    return _ended(replace(state, sent=True))
+    """The peer's relay has it all. Its end need not be granted yet: see `_received_early`."""
+    after = replace(state, sent=True)
+    return _ended(after) if state.received else (after, ())
 
 
 def _broken(state: EndState, _: Event) -> Step:

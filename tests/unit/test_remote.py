@@ -436,6 +436,25 @@ def test_session_lost_in_the_middle(world: World) -> None:
         end(world, tcp, 5)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_session_lost_after_a_short_use(seed: int) -> None:
+    """Nothing is left of a connection whose follower was granted, used and closed before the leader
+    was, if the session is lost then.
+    """
+    random_delays = random.Random(seed)
+    world = started(delays=lambda: random_delays.choice([0.0001, 0.01, 0.05]))
+    tcp = requested(world, A, B)
+    while not world.grant(tcp, 1):
+        world.loop.run(0.001)
+    for side in (1, 0):
+        world.close(tcp, side)
+    world.lose(*world.hosts)
+    world.loop.run(1)
+    world.connect_all()
+    world.loop.run(20)
+    empty(world)
+
+
 def test_link_lost(world: World) -> None:
     """A link that breaks is made again, with its connections."""
     tcp = upgraded(world)

@@ -50,7 +50,7 @@ PLACE_FAILED         !  dro  !   !   !  dro  !   !   !   .   .
 PAIRED               !   !   !  gra aba  !  fpa  !   !   .   .
 PAIR_FAILED          !   !   !  dro dro  !  dro  !   !   .   .
 ALL_RECEIVED         !   !  off lpa dro  !   !  gra gra  .   .
-ALL_SENT             !   !   !   !   !   !   !  gra gra  .   .
+ALL_SENT             !   !   !   !   !   !   !  unc gra  .   .
 PATH_BROKEN          !  lpl off lpa dro fpl fpa gra gra  .   .
 PATH_LEFT            !   !   !   !  dro  !   !  dro dro  .   .
 DROPPED              !   !   !   !   !   !   !   !   !  ove  .
