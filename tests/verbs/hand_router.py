@@ -58,6 +58,22 @@ class PairArena:
         return self.number << 8 | side
 
 
+def welcome_message(verbs: int) -> wire.Welcome:
+    """The settings of a router with this version of verbs; 0: without. No connection moves."""
+    return wire.Welcome(
+        wire.PROTOCOL_VERSION,
+        layout.VERSION,
+        enabled=True,
+        operations=1 << 30,
+        age=0,
+        bytes=1 << 30,
+        bulk=1 << 30,
+        spin=0,
+        ring_limit=layout.RING_SIZE,
+        verbs=verbs,
+    )
+
+
 class HandRouter:
     """The router on a socket; `verbs=False`: one that knows nothing of verbs.
 
@@ -117,19 +133,7 @@ class HandRouter:
 
     def welcome(self, client: Client) -> None:
         """Send a process its settings."""
-        welcome = wire.Welcome(
-            wire.PROTOCOL_VERSION,
-            layout.VERSION,
-            enabled=True,
-            operations=1 << 30,
-            age=0,
-            bytes=1 << 30,
-            bulk=1 << 30,
-            spin=0,
-            ring_limit=layout.RING_SIZE,
-            verbs=verbs_wire.VERBS_VERSION if self._verbs else 0,
-        )
-        self.say(client, welcome)
+        self.say(client, welcome_message(verbs_wire.VERBS_VERSION if self._verbs else 0))
 
     def await_releases(self, count: int) -> None:
         """Wait until so many sides have released a slot."""

@@ -9,14 +9,13 @@
  * programs do, before and after they have read the event. A sleep that nobody ends is an event that
  * was lost: the exit code is 1.
  */
-#include "../../dataplane/verbs/client.h"
 #include "../../dataplane/verbs/cq.h"
 #include "../../dataplane/verbs/files.h"
 #include "../../dataplane/verbs/opened.h"
 #include "../../dataplane/verbs/opening.h"
-#include "../../dataplane/verbs/pair.h"
 #include "../../dataplane/verbs/port.h"
 #include "../dataplane/check.h"
+#include "no_router.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -33,24 +32,6 @@
 enum { QUEUES = 3, SENDERS = 2, SLEEPERS = 2, LIMIT = 64, PATIENCE = 20 };
 
 static struct ibv_context *context;
-
-/* What devices.c needs of a router: the port is as set_gid() says. */
-const struct freeflow_services *client_services(void)
-{
-        static const struct freeflow_services services;
-
-        return &services;
-}
-
-bool client_open(int patience)
-{
-        (void)patience;
-        return true;
-}
-
-void pair_start(void)
-{
-}
 
 static bool put(struct ibv_cq *cq, uint64_t number, bool solicited, bool polling)
 {

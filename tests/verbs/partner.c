@@ -12,9 +12,7 @@
  *      fork                 the child answers from now on: how polling its parent's queue fails
  *      confine              the process confines itself to certain system calls
  */
-#include "../dataplane/check.h"
-
-#include <infiniband/verbs.h>
+#include "connecting.h"
 
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -30,8 +28,6 @@ enum {
         WORDS = 2 * OPEN,
         LENGTH = 100000,
         SECONDS = 30,
-        ACCESS = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ |
-                 IBV_ACCESS_REMOTE_ATOMIC,
 };
 
 static struct ibv_context *context;
@@ -52,7 +48,7 @@ static void open_device(void)
         CHECK((pd = ibv_alloc_pd(context)) && (channel = ibv_create_comp_channel(context)));
         CHECK((cq = ibv_create_cq(context, 4 * OPEN, NULL, channel, 0)));
         CHECK(ibv_query_gid(context, 1, 0, &gid) == 0);
-        CHECK((region = ibv_reg_mr(pd, calloc(2, LENGTH), 2 * LENGTH, ACCESS)));
+        CHECK((region = ibv_reg_mr(pd, calloc(2, LENGTH), 2 * LENGTH, ALL_ACCESS)));
 }
 
 static void make(void)
@@ -71,28 +67,10 @@ static void make(void)
 
 static void connect_last(uint32_t number)
 {
-        struct ibv_qp_attr set = {.qp_state = IBV_QPS_INIT,
-                                  .port_num = 1,
-                                  .qp_access_flags = ACCESS,
-                                  .path_mtu = IBV_MTU_1024,
-                                  .dest_qp_num = number,
-                                  .max_rd_atomic = 4,
-                                  .max_dest_rd_atomic = 4,
-                                  .min_rnr_timer = 1,
-                                  .retry_cnt = 7,
-                                  .rnr_retry = 7,
-                                  .ah_attr = {.is_global = 1, .port_num = 1, .grh = {.dgid = gid}}};
+        struct ibv_qp_attr attributes = usual_attributes(number);
 
-        CHECK(ibv_modify_qp(last, &set,
-                            IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS) == 0);
-        set.qp_state = IBV_QPS_RTR;
-        CHECK(ibv_modify_qp(last, &set,
-                            IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
-                                IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER) == 0);
-        set.qp_state = IBV_QPS_RTS;
-        CHECK(ibv_modify_qp(last, &set,
-                            IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
-                                IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC) == 0);
+        attributes.ah_attr.grh.dgid = gid;
+        become_ready(last, attributes);
 }
 
 static void post(enum ibv_wr_opcode opcode, uint32_t length)

@@ -32,22 +32,6 @@ static void ask(struct queue_pair *queue)
         asking[0] = asking[1] = NULL;
 }
 
-static bool ask_again(struct queue_pair *queue)
-{
-        (void)queue;
-        return true;
-}
-
-static void listen_to_nobody(void)
-{
-}
-
-static void ring(struct queue_pair *queue, struct waiters *waiters)
-{
-        (void)queue;
-        (void)waiters;
-}
-
 static void leave(struct queue_pair *queue)
 {
         left++;

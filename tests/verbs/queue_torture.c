@@ -46,22 +46,6 @@ static void ask(struct queue_pair *queue)
         queue_pair_up(queue, shared->rings.views[second], shared->rings.views[!second], &nowhere);
 }
 
-static bool ask_again(struct queue_pair *queue)
-{
-        (void)queue;
-        return true;
-}
-
-static void listen_to_nobody(void)
-{
-}
-
-static void ring(struct queue_pair *queue, struct waiters *waiters)
-{
-        (void)queue;
-        (void)waiters;
-}
-
 static void leave(struct queue_pair *queue)
 {
         (void)queue;

@@ -10,9 +10,7 @@
  * peer: prints the number of a queue pair, reads that of another process's, and sends to it, which
  * has no receive. Then it prints what becomes of its requests and the event that it gets.
  */
-#include "../dataplane/check.h"
-
-#include <infiniband/verbs.h>
+#include "connecting.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -31,29 +29,13 @@ static union ibv_gid gid;
 
 static void connect_one(struct ibv_qp *queue, uint32_t peer)
 {
-        struct ibv_qp_attr set = {.qp_state = IBV_QPS_INIT,
-                                  .port_num = 1,
-                                  .qp_access_flags = ACCESS,
-                                  .path_mtu = IBV_MTU_1024,
-                                  .dest_qp_num = peer,
-                                  .max_rd_atomic = 1,
-                                  .max_dest_rd_atomic = 1,
-                                  .min_rnr_timer = 1,
-                                  .timeout = 20,
-                                  .retry_cnt = 7,
-                                  .rnr_retry = 7,
-                                  .ah_attr = {.is_global = 1, .port_num = 1, .grh = {.dgid = gid}}};
+        struct ibv_qp_attr attributes = usual_attributes(peer);
 
-        CHECK(ibv_modify_qp(queue, &set,
-                            IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS) == 0);
-        set.qp_state = IBV_QPS_RTR;
-        CHECK(ibv_modify_qp(queue, &set,
-                            IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
-                                IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER) == 0);
-        set.qp_state = IBV_QPS_RTS;
-        CHECK(ibv_modify_qp(queue, &set,
-                            IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
-                                IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC) == 0);
+        attributes.qp_access_flags = ACCESS;
+        attributes.max_rd_atomic = attributes.max_dest_rd_atomic = 1;
+        attributes.timeout = 20;
+        attributes.ah_attr.grh.dgid = gid;
+        become_ready(queue, attributes);
 }
 
 /* Two of them, connected with one another or not. */

@@ -16,11 +16,12 @@ from typing import Final
 
 import pytest
 
-from dataplane.router import layout, verbs_wire
 from dataplane.router import library_wire as wire
+from dataplane.router import verbs_wire
 from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, compile_c
 from tests.verbs.conftest import HEADER
+from tests.verbs.hand_router import welcome_message
 from tests.verbs.router import OWN
 from tests.verbs.router import router as real_router
 
@@ -121,27 +122,13 @@ class DeviceRouter:
                 if self.says is None:
                     continue
                 if int.from_bytes(data[:2], "little") < verbs_wire.VerbsKind.OPEN:
-                    connection.send(wire.pack(self._welcome()))
+                    connection.send(wire.pack(welcome_message(self._verbs)))
                     continue
                 message = verbs_wire.unpack(data)
                 assert isinstance(message, verbs_wire.VerbsOpen)
                 self.opens.append(message)
                 for said in self.says:
                     connection.send(verbs_wire.pack(said))
-
-    def _welcome(self) -> wire.Welcome:
-        return wire.Welcome(
-            wire.PROTOCOL_VERSION,
-            layout.VERSION,
-            enabled=True,
-            operations=1 << 30,
-            age=0,
-            bytes=1 << 30,
-            bulk=1 << 30,
-            spin=0,
-            ring_limit=layout.RING_SIZE,
-            verbs=self._verbs,
-        )
 
 
 class Program:
