@@ -29,7 +29,7 @@ from dataplane.router.verbs_connections import (
     nobody,
     plain,
 )
-from dataplane.router.verbs_pairing import RETURN, VerbsProcess
+from dataplane.router.verbs_pairing import RETURN, VerbsProcess, opened_by
 from dataplane.router.verbs_ports import ALL_IPV4, ALL_IPV6, SPACES, BoundId, VerbsPorts
 from dataplane.router.verbs_wire import (
     Step,
@@ -97,7 +97,7 @@ class VerbsConnections:
         Raises:
             WrongMessage: the process has not sent V_OPEN, or the message is none for a router.
         """
-        opened = self._opened(process_id)
+        opened = opened_by(self._processes, process_id)
         if message.kind is not VerbsKind.LISTEN or not message.id:
             raise WrongMessage(f"V_{message.kind.name} of id {message.id}")
         bound = self._bind(opened, message)
@@ -126,7 +126,7 @@ class VerbsConnections:
         Raises:
             WrongMessage: the process has not sent V_OPEN.
         """
-        self.ports.end(self._opened(process_id).id, message.number)
+        self.ports.end(opened_by(self._processes, process_id).id, message.number)
 
     # --- what the ends of connections say
 
@@ -136,7 +136,7 @@ class VerbsConnections:
         Raises:
             WrongMessage: the process has not sent V_OPEN, or a request has a connection's number.
         """
-        opened = self._opened(process_id)
+        opened = opened_by(self._processes, process_id)
         if message.step in (Step.REQUEST, Step.RESOLVE):
             self._ask(opened, message)
         elif message.step is Step.RESUME:
@@ -422,12 +422,6 @@ class VerbsConnections:
         self.counts.refused[reason] += 1
         refuse = VerbsRefuse(VerbsKind.CONNECTION, connection, number, reason)
         self._registry.outbox.send(process_id, refuse)
-
-    def _opened(self, process_id: int) -> VerbsProcess:
-        opened = self._processes.get(process_id)
-        if opened is None:
-            raise WrongMessage("a message of verbs before V_OPEN")
-        return opened
 
 
 def _targets(network: KnownNetwork, address: IPAddress) -> list[IPAddress] | Reason:

@@ -8,7 +8,7 @@ until its process says so or is gone, and the peer is told. There is no I/O but 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -98,6 +98,18 @@ class VerbsProcess:
     device: DeviceView
     queue_pairs: dict[int, QueuePairRecord] = field(default_factory=dict)
     """By QPN."""
+
+
+def opened_by(processes: Mapping[int, VerbsProcess], process_id: int) -> VerbsProcess:
+    """A process that has sent V_OPEN.
+
+    Raises:
+        WrongMessage: it has not.
+    """
+    opened = processes.get(process_id)
+    if opened is None:
+        raise WrongMessage("a message of verbs before V_OPEN")
+    return opened
 
 
 @dataclass(slots=True)
@@ -201,7 +213,7 @@ class VerbsPairing:
         Raises:
             WrongMessage: the process has not sent V_OPEN.
         """
-        opened = self._opened(process_id)
+        opened = opened_by(self.processes, process_id)
         old = opened.queue_pairs.get(message.qpn)
         if old is not None:
             self._remove(opened, old)
@@ -281,7 +293,7 @@ class VerbsPairing:
         Raises:
             WrongMessage: the process has not sent V_OPEN.
         """
-        opened = self._opened(process_id)
+        opened = opened_by(self.processes, process_id)
         record = opened.queue_pairs.get(message.number)
         if record is not None:
             self._remove(opened, record)
@@ -299,7 +311,7 @@ class VerbsPairing:
         Raises:
             WrongMessage: the process has not sent V_OPEN.
         """
-        record = self._opened(process_id).queue_pairs.get(message.qpn)
+        record = opened_by(self.processes, process_id).queue_pairs.get(message.qpn)
         if record is not None:
             record.status = message
 
@@ -316,12 +328,6 @@ class VerbsPairing:
         return iter(self.queue_pairs.values())
 
     # --- the end of queue pairs
-
-    def _opened(self, process_id: int) -> VerbsProcess:
-        opened = self.processes.get(process_id)
-        if opened is None:
-            raise WrongMessage("a message of verbs before V_OPEN")
-        return opened
 
     def _remove(self, opened: VerbsProcess, record: QueuePairRecord) -> None:
         """A queue pair has ended: its slot is released, and its peer is told."""
