@@ -1,6 +1,7 @@
 #include "client.h"
 
 #include "files.h"
+#include "monotonic.h"
 #include "mutex.h"
 #include "opening.h"
 #include "port.h"
@@ -232,10 +233,7 @@ void client_receive(void)
 
 static uint64_t milliseconds(void)
 {
-        struct timespec time;
-
-        sys_2(SYS_clock_gettime, CLOCK_MONOTONIC, &time);
-        return (uint64_t)time.tv_sec * 1000 + (uint64_t)time.tv_nsec / 1000000;
+        return monotonic() / 1000000;
 }
 
 /* Ask by this socket, unless that has been done. False: it is lost. */

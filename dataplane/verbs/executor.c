@@ -1,6 +1,6 @@
 #include "executor.h"
 
-enum { BATCH = 64, WORD = 8 };
+enum { BATCH = 64 };
 
 /* What becomes of the next record. */
 enum step {

@@ -5,8 +5,6 @@
 
 #include <errno.h>
 
-enum { WORD = 8 /* bytes of an atomic operation */ };
-
 /* What may be posted to a queue pair of type RC (IBV_QPT_RC), by operation. */
 static const struct {
         bool known;

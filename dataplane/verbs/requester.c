@@ -1,8 +1,6 @@
 #include "requester.h"
 
-#include <time.h>
-
-enum { WORD = 8 /* bytes of an atomic operation */ };
+#include "monotonic.h"
 
 /* --- putting records */
 
@@ -359,14 +357,6 @@ bool requester_answer(struct queue_pair *queue, struct record_receiver *receiver
 
 /* --- time */
 
-static uint64_t nanoseconds(void)
-{
-        struct timespec now = {0};
-
-        sys_2(SYS_clock_gettime, CLOCK_MONOTONIC, &now);
-        return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
-
 /* How long the code of min_rnr_timer means, in ns (InfiniBand architecture specification, volume 1,
  * table "encoding for RNR NAK timer field"). */
 static uint64_t time_of(uint32_t code)
@@ -409,7 +399,7 @@ void requester_check_time(struct queue_pair *queue)
         most = patience(queue);
         if (!most)
                 return;
-        now = nanoseconds();
+        now = monotonic();
         if (!queue->since)
                 queue->since = now;
         else if (now - queue->since > most)

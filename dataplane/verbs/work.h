@@ -13,6 +13,8 @@
 
 #include <sys/uio.h>
 
+enum { WORD = 8 /* bytes of an atomic operation */ };
+
 /* A list of memory, and what its keys have to allow. */
 struct work_memory {
         const struct ibv_sge *pieces;
