@@ -1,26 +1,25 @@
 """Runs `bench/tools/clients.c`: clients whose connections carry load before, in and after a window.
 
 A connection moves to another path only after a second or more of traffic. So a run first makes all
-connections and waits until they have settled, then measures in a window of a given length, and at
-last sees which path the connections have, when they are idle. All processes of a run begin and end
-the window together.
+connections, loads them and waits until they have settled, then measures in a window of a given
+length, and at last sees which path the connections have, when they are idle. All processes of a run
+begin and end the load and the window together: no program starts beside the load, which may take
+all of the machine.
 """
 
 from __future__ import annotations
 
 import json
-import select
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final
+from typing import Final
 
 from bench.errors import ProgramError
 from bench.latency import Latency, latency, merged
-from bench.namespaces import SubjectPair
+from bench.namespaces import SubjectPair, doing_now, next_line, start
 from bench.servers import Running
 
 STREAM: Final = "stream"
@@ -93,20 +92,22 @@ def sum_up(said: Sequence[str]) -> Counted:
 
 
 class RunningClients:
-    """Running client processes; a context manager, which stops them without an error."""
+    """Client processes with all their connections, at first without load; a context manager, which
+    stops them without an error.
+    """
 
     def __init__(
         self, pair: SubjectPair, clients: ClientProcesses, servers: Sequence[Running]
     ) -> None:
         self.subject = pair.subject
-        self._processes: list[subprocess.Popen[str]] = []
+        self.processes: list[subprocess.Popen[str]] = []
         try:
             for number in range(clients.processes):
                 server = servers[number % len(servers)]
                 tool = f"{pair.client.tools}/clients"
                 line = pair.client.enter(tool, *clients.arguments(server))
-                self._processes.append(_start(line))
-            for process in self._processes:
+                self.processes.append(start(line))
+            for process in self.processes:
                 self._expect(process, "ready")
         except BaseException:
             self._kill()
@@ -125,10 +126,14 @@ class RunningClients:
         try:
             if kind is None:
                 self._signal(signal.SIGTERM)
-                for process in self._processes:
+                for process in self.processes:
                     self._ended(process)
         finally:
             self._kill()
+
+    def load(self) -> None:
+        """Begin the load."""
+        self._signal(signal.SIGHUP)
 
     def begin(self) -> None:
         """Begin the window."""
@@ -137,29 +142,31 @@ class RunningClients:
     def end(self) -> Counted:
         """End the window; the load continues. Raises `ProgramError` if a process failed."""
         self._signal(signal.SIGUSR2)
-        return sum_up([self._expect(process, "{") for process in self._processes])
+        return sum_up([self._expect(process, "{") for process in self.processes])
 
     def rest(self) -> None:
         """Send nothing more; the connections stay open."""
         self._signal(signal.SIGINT)
 
     def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes:
+        for process in self.processes:
             if process.poll() is not None:
                 self._ended(process)
                 raise ProgramError(f"{self.subject}: clients ended by themselves")
             process.send_signal(number)
 
-    def _expect(self, process: subprocess.Popen[str], start: str) -> str:
+    def _expect(self, process: subprocess.Popen[str], begin: str) -> str:
         """The next line of a process, which begins in this way."""
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
-        if not ready:
-            raise ProgramError(f"{self.subject}: clients said nothing in {PATIENCE:g} s")
-        line = process.stdout.readline()
-        if not line.startswith(start):
+        line = next_line(process, PATIENCE)
+        if line is None:
+            which = f"{self.processes.index(process) + 1} of {len(self.processes)}"
+            raise ProgramError(
+                f"{self.subject}: client {which} said nothing in {PATIENCE:g} s: "
+                f"{doing_now(process.pid) or 'it has ended'}"
+            )
+        if not line.startswith(begin):
             self._ended(process)
-            raise ProgramError(f"{self.subject}: clients said {line[:200]!r}, not {start!r}")
+            raise ProgramError(f"{self.subject}: clients said {line[:200]!r}, not {begin!r}")
         return line
 
     def _ended(self, process: subprocess.Popen[str]) -> None:
@@ -167,32 +174,17 @@ class RunningClients:
         try:
             _, said = process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired as error:
-            raise ProgramError(f"{self.subject}: clients do not end") from error
+            raise ProgramError(
+                f"{self.subject}: clients do not end: {doing_now(process.pid)}"
+            ) from error
         if process.returncode:
             raise ProgramError(f"{self.subject}: {said.strip() or process.returncode}")
 
     def _kill(self) -> None:
-        for process in self._processes:
+        for process in self.processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
             for stream in (process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
-
-
-def _start(line: Sequence[str]) -> subprocess.Popen[Any]:
-    return subprocess.Popen(
-        line,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def measure_window(load: RunningClients, seconds: float) -> Counted:
-    """A window of this length."""
-    load.begin()
-    time.sleep(seconds)
-    return load.end()

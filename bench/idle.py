@@ -16,7 +16,7 @@ from typing import Final
 
 from bench import cost, parse
 from bench.errors import ProgramError
-from bench.namespaces import SubjectPair
+from bench.namespaces import SubjectPair, doing_now, next_line, start
 from bench.sampling import COUNTERS, counters_in
 from bench.servers import PINGPONG_EPOLL, Servers
 from bench.stats import Case
@@ -87,18 +87,17 @@ def idle(pair: SubjectPair, servers: Servers) -> Idle:
     program = (f"{pair.client.tools}/pingpong", "epoll", "hold", "-1")
     address = (server.address, "0" if server.unix else str(server.port))
     before = memory([server.pid])
-    client = subprocess.Popen(
+    client = start(
         pair.client.enter(*program, *address, "64", str(COUNT), environment=environment),
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
     )
     try:
-        if client.stdout is None or client.stdout.readline() != "ready\n":
-            _, why = client.communicate(timeout=PATIENCE)
+        if next_line(client, PATIENCE) != "ready\n":
+            doing = doing_now(client.pid)
+            client.kill()
+            _, why = client.communicate()
             raise ProgramError(
-                f"{pair.subject}: {COUNT} connections cannot be made: {why[-500:].strip()}"
+                f"{pair.subject}: {COUNT} connections cannot be made: {why[-500:].strip() or doing}"
             )
         time.sleep(SETTLE)
         pids = (server.pid, client.pid)

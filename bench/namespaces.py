@@ -2,17 +2,24 @@
 
 `docker exec` would make the daemon work for each run; nsenter costs one fork. All subjects are
 entered in the same way, so that cost is in none of the ratios.
+
+Each load program gets a session of its own (`start`). The kernel shares processors between sessions
+first (autogroup, sched(7)). In a session with dozens of programs that wake each other all the time,
+Linux 6.18 let other processes wait for up to a minute: engines, routers, and its own RCU thread,
+without which no program can join a control group.
 """
 
 from __future__ import annotations
 
+import re
+import select
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Final
+from typing import IO, Any, Final
 
 from bench.errors import ProgramError
 
@@ -119,10 +126,60 @@ class SubjectPair:
     transport: str = TCP
 
 
+def start(
+    argv: Sequence[str],
+    stdin: int = subprocess.DEVNULL,
+    stdout: int | IO[Any] = subprocess.PIPE,
+    stderr: int = subprocess.PIPE,
+) -> subprocess.Popen[str]:
+    """Start a load program in a session of its own."""
+    return subprocess.Popen(
+        argv, stdin=stdin, stdout=stdout, stderr=stderr, text=True, start_new_session=True
+    )
+
+
+def next_line(process: subprocess.Popen[str], patience: float) -> str | None:
+    """The next line that a program says, "" at its end; None: none in `patience` seconds.
+
+    The program has to flush each line, and to wait for us after it: what is behind it is not seen
+    by the next call.
+    """
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], patience)
+    return process.stdout.readline() if ready else None
+
+
+def doing_now(pid: int, proc: Path = Path("/proc")) -> str:
+    """What a process does at this moment, for an error: its program, its state, and the function of
+    the kernel that it is in (proc(5): comm, status, stack, wchan). "": it has ended.
+    """
+
+    def read(name: str) -> str:
+        try:
+            return (proc / str(pid) / name).read_text()
+        except OSError:
+            return ""
+
+    state = re.search(r"^State:\s+\S+ \((.*)\)$", read("status"), re.MULTILINE)
+    if not state:
+        return ""
+    # `wchan` is 0 for a process that waits for a processor, wherever it is.
+    stack = re.match(r"\[<\w+>] (\w+)", read("stack"))
+    where = stack[1] if stack else read("wchan").strip("0")
+    return f"{read('comm').strip()} is {state[1]}" + (f" in {where}" if where else "")
+
+
 def run(argv: Sequence[str], timeout: float) -> str:
     """Run a program; its output. Raises `ProgramError` if it fails or exceeds `timeout` seconds."""
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            start_new_session=True,
+        )
     except subprocess.TimeoutExpired as error:
         raise ProgramError(f"{' '.join(argv)}: still running after {timeout:g} s") from error
     except OSError as error:
@@ -138,9 +195,7 @@ def run_together(commands: Sequence[Sequence[str]], timeout: float) -> list[str]
     started: list[subprocess.Popen[str]] = []
     try:
         for argv in commands:
-            started.append(
-                subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            )
+            started.append(start(argv, stderr=subprocess.STDOUT))
         said = []
         for process, argv in zip(started, commands, strict=True):
             try:

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from bench import cost
 from bench.errors import ProgramError
-from bench.namespaces import UNIX, ProcessNamespaces, SubjectPair, run
+from bench.namespaces import UNIX, ProcessNamespaces, SubjectPair, run, start
 from driver.kernel.namespace import in_netns
 
 FIRST_PORT: Final = 7100
@@ -302,9 +302,8 @@ class Servers:
         if kind.user:
             before += as_user(kind.user)
         with said.open("w") as log:
-            process = subprocess.Popen(
+            process = start(
                 pair.server.enter(*kind.command(instance), cores=cores, before=before),
-                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

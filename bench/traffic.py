@@ -197,10 +197,13 @@ class Runner:
             figure = one.run(pair, seconds)[one.case.name]
             return TrafficSample(figure, foreign=self.accounts.used_since(before).foreign)
         with ExitStack() as loads:
+            started = []
             if one.beside is not None:
-                loads.enter_context(self._start(pair, *one.beside)[0])
+                started.append(loads.enter_context(self._start(pair, *one.beside)[0]))
             running, servers = self._start(pair, one.server, one.clients)
-            loads.enter_context(running)
+            started.append(loads.enter_context(running))
+            for some in started:
+                some.load()
             where = [f"{server.address}:{server.port}" for server in servers]
             self._settle(pair, one, where)
             before = self.accounts.read()

@@ -9,11 +9,11 @@
  * late because its connection was busy counts from the moment at which it was due. `echo` sends 64
  * bytes to `pingpong epoll serve`, `stream` writes SIZE bytes at a time to `throughput serve`.
  *
- * The program prints "ready" when all its connections are made. SIGUSR1 begins the window. SIGUSR2
- * ends it, and prints one JSON object: the count of requests (stream: bytes), the window's seconds,
- * and pairs of a latency in nanoseconds and a count. The load continues until SIGINT; then the
- * connections are idle until SIGTERM. Every answer is compared with the first one, which has to
- * contain what this program has stored on the server.
+ * The program prints "ready" when all its connections are made. SIGHUP begins the load, SIGUSR1 the
+ * window. SIGUSR2 ends the window, and prints one JSON object: the count of requests (stream:
+ * bytes), the window's seconds, and pairs of a latency in nanoseconds and a count. The load
+ * continues until SIGINT; then the connections are idle until SIGTERM. Every answer is compared
+ * with the first one, which has to contain what this program has stored on the server.
  */
 
 #include "common.h"
@@ -51,7 +51,7 @@ static size_t count, requests_size, answer_size, body_at, pipeline;
 static uint64_t started, interval, done;
 static char requests[MAX_REQUEST], expected[MAX_ANSWER];
 static uint64_t buckets[BUCKETS];
-static volatile sig_atomic_t begin_wanted, end_wanted, rest_wanted, quit_wanted;
+static volatile sig_atomic_t load_wanted, begin_wanted, end_wanted, rest_wanted, quit_wanted;
 static int measuring;
 static uint64_t window_begin;
 
@@ -71,7 +71,8 @@ static _Noreturn void wrong(const char *what)
 
 static void told(int signal)
 {
-        *(signal == SIGUSR1   ? &begin_wanted
+        *(signal == SIGHUP    ? &load_wanted
+          : signal == SIGUSR1 ? &begin_wanted
           : signal == SIGUSR2 ? &end_wanted
           : signal == SIGINT  ? &rest_wanted
                               : &quit_wanted) = 1;
@@ -81,9 +82,29 @@ static void hear(void)
 {
         struct sigaction action = {.sa_handler = told, .sa_flags = SA_RESTART};
 
-        if (sigaction(SIGUSR1, &action, NULL) < 0 || sigaction(SIGUSR2, &action, NULL) < 0 ||
-            sigaction(SIGINT, &action, NULL) < 0 || sigaction(SIGTERM, &action, NULL) < 0)
+        if (sigaction(SIGHUP, &action, NULL) < 0 || sigaction(SIGUSR1, &action, NULL) < 0 ||
+            sigaction(SIGUSR2, &action, NULL) < 0 || sigaction(SIGINT, &action, NULL) < 0 ||
+            sigaction(SIGTERM, &action, NULL) < 0)
                 fail("sigaction");
+}
+
+/* Say that all connections are made, and wait for the signal that begins the load, or for the end.
+ */
+static void await_load(void)
+{
+        sigset_t held, before;
+
+        sigemptyset(&held);
+        sigaddset(&held, SIGHUP);
+        sigaddset(&held, SIGTERM);
+        if (sigprocmask(SIG_BLOCK, &held, &before) < 0)
+                fail("sigprocmask");
+        puts("ready");
+        fflush(stdout);
+        while (!load_wanted && !quit_wanted)
+                sigsuspend(&before);
+        if (sigprocmask(SIG_SETMASK, &before, NULL) < 0)
+                fail("sigprocmask");
 }
 
 /* --- the histogram: SUB buckets for each power of two, so an error of at most 1/SUB */
@@ -358,6 +379,24 @@ static int start_timer(int set)
         return timer;
 }
 
+/* Says where the oldest request is: on its way, as TCP knows, or with the server. */
+static _Noreturn void no_answer(void)
+{
+        const struct connection *oldest = connections;
+        struct tcp_info info;
+        socklen_t size = sizeof info;
+        char where[128] = "";
+
+        for (size_t i = 0; i < count; i++)
+                if (connections[i].busy && (!oldest->busy || connections[i].since < oldest->since))
+                        oldest = &connections[i];
+        if (getsockopt(oldest->fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0)
+                snprintf(where, sizeof where, ": %u segments not acknowledged, sent again %u times",
+                         info.tcpi_unacked, info.tcpi_retransmits);
+        fprintf(stderr, "clients: no answer in ten seconds%s\n", where);
+        exit(1);
+}
+
 static void serve_events(int set, int timer)
 {
         for (;;) {
@@ -366,7 +405,7 @@ static void serve_events(int set, int timer)
                 int n = epoll_wait(set, events, EVENTS, busy ? PATIENCE : PAUSE);
 
                 if (n == 0 && busy)
-                        wrong("no answer in ten seconds");
+                        no_answer();
                 for (int i = 0; i < n; i++) {
                         heed();
                         if (events[i].data.ptr)
@@ -403,13 +442,12 @@ static void request_load(const struct kind *kind, const struct endpoint *where, 
                     epoll_ctl(set, EPOLL_CTL_ADD, one->fd, &event) < 0)
                         fail("epoll");
         }
-        puts("ready");
-        fflush(stdout);
+        await_load();
         if (rate > 0) {
                 interval = 1000000000ull / (uint64_t)rate;
                 timer = start_timer(set);
         } else
-                for (size_t i = 0; i < count; i++)
+                for (size_t i = 0; i < count && !resting(); i++)
                         ask(&connections[i], now());
         serve_events(set, timer);
 }
@@ -424,8 +462,7 @@ static void stream_load(const struct endpoint *where, uint32_t size)
         memset(buffer, 'x', size);
         if (!write_all(fd, (char *)&size, sizeof size))
                 fail("send");
-        puts("ready");
-        fflush(stdout);
+        await_load();
         while (!resting()) {
                 if (!write_all(fd, buffer, size))
                         fail("connection lost");

@@ -246,11 +246,14 @@ class Loads:
         self.counted = counted
 
     def __enter__(self) -> Loads:
-        self.log.append("load")
+        self.log.append("connect")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.log.append("stopped")
+
+    def load(self) -> None:
+        self.log.append("load")
 
     def begin(self) -> None:
         self.log.append("begin")
@@ -306,7 +309,7 @@ def test_a_run_measures_after_connections_have_moved() -> None:
     listings = iter([Listed(0, 50, {}), Listed(50, 50, {}), Listed(50, 50, {"relay": 50})])
     sample = runner(log, listings).run(BUSY, PAIRS[0], 1.0)
     assert log == [
-        *("load", "sleep", "look", "sleep", "look", "sleep", "begin", "sleep"),
+        *("connect", "load", "sleep", "look", "sleep", "look", "sleep", "begin", "sleep"),
         *("end", "rest"),
         *("look", "stopped"),
     ]
@@ -330,8 +333,16 @@ def test_a_run_without_the_relay_is_not_listed() -> None:
     """Subjects without the library warm up for a fixed time, and no router is asked."""
     log: list[str] = []
     sample = runner(log, iter(())).run(BUSY, PAIRS[2], 1.0)
-    assert log == ["load", "sleep", "begin", "sleep", "end", "rest", "stopped"]
+    assert log == ["connect", "load", "sleep", "begin", "sleep", "end", "rest", "stopped"]
     assert sample.listed is None
+
+
+def test_no_client_starts_beside_a_load() -> None:
+    """A load beside the measured one begins when the clients of both have connected."""
+    log: list[str] = []
+    tail = next(one for one in cases.traffic() if one.is_tail)
+    runner(log, iter(())).run(tail, PAIRS[2], 1.0)
+    assert log[:4] == ["connect", "connect", "load", "load"]
 
 
 def test_a_figure_of_the_wrong_path_is_an_error() -> None:

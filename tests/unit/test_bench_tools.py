@@ -10,11 +10,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
 from bench import client_processes, compiled, parse
+from bench.client_processes import ClientProcesses, RunningClients
+from bench.errors import ProgramError
+from bench.namespaces import ProcessNamespaces, SubjectPair
+from bench.servers import Running
 from testbed.patience import patience
 
 
@@ -215,10 +220,13 @@ def test_processes_are_counted(tools: Path, kind: str) -> None:
 
 
 class Redis:
-    """The part of redis that the load needs; `wrong` changes each value that it returns."""
+    """The part of redis that the load needs. `wrong` changes each value that it returns; `mute`
+    returns none.
+    """
 
-    def __init__(self, wrong: bool = False) -> None:
+    def __init__(self, wrong: bool = False, mute: bool = False) -> None:
         self.wrong = wrong
+        self.mute = mute
         self.values: dict[bytes, bytes] = {}
         self.gets = 0
         self.connections = 0
@@ -239,6 +247,8 @@ class Redis:
                 continue
             with self.lock:
                 self.gets += 1
+            if self.mute:
+                continue
             value = self.values[words[1]]
             said = b"?" + value[1:] if self.wrong and self.gets > 5 else value
             connection.sendall(b"$%d\r\n%b\r\n" % (len(value), said))
@@ -265,6 +275,7 @@ def window(
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGHUP)
             time.sleep(0.1)
             process.send_signal(signal.SIGUSR1)
             time.sleep(seconds)
@@ -333,12 +344,84 @@ def test_clients_of_other_servers(tools: Path) -> None:
     assert counted.latency is None
 
 
+def pair_of(tools: Path, where: tuple[str, str]) -> tuple[SubjectPair, Running]:
+    """A pair whose client programs run here, and its server."""
+    here = Here(Path("/proc/self"), IPv4Address("127.0.0.1"), tools=str(tools))
+    return SubjectPair("here", here, here), Running(1, where[0], int(where[1]), False)
+
+
+class Here(ProcessNamespaces):
+    """The namespaces that the test itself runs in, which need not be entered."""
+
+    def enter(self, *program: str, **_: object) -> list[str]:
+        return list(program)
+
+
+def test_load_begins_when_all_clients_are_there(tools: Path) -> None:
+    """Nothing is sent before all processes have their connections and the load is begun; then each
+    process has a session of its own, and the window counts.
+    """
+    server = Redis()
+    with answering(server) as where:
+        pair, running = pair_of(tools, where)
+        with RunningClients(pair, ClientProcesses("redis", 3, 2), [running]) as clients:
+            time.sleep(0.3)
+            assert (server.connections, server.gets) == (6, 0)
+            pids = [process.pid for process in clients.processes]
+            assert [os.getsid(pid) for pid in pids] == pids
+            clients.load()
+            time.sleep(0.1)
+            clients.begin()
+            time.sleep(0.2)
+            assert 0 < clients.end().count < server.gets
+
+
+def test_clients_end_without_load(tools: Path) -> None:
+    """Clients that are not to load anything end without an error, and without a request."""
+    server = Redis()
+    with answering(server) as where:
+        pair, running = pair_of(tools, where)
+        with RunningClients(pair, ClientProcesses("redis", 2, 2), [running]):
+            pass
+    assert server.gets == 0
+
+
+def test_silent_clients_are_explained(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error about a client that says nothing tells which one, and where it waits."""
+    monkeypatch.setattr(client_processes, "PATIENCE", 0.5)
+    with answering(lambda connection: time.sleep(5)) as where:
+        pair, running = pair_of(tools, where)
+        with pytest.raises(ProgramError, match=r"client 1 of 2 said nothing .*: clients is "):
+            RunningClients(pair, ClientProcesses("redis", 2), [running])
+
+
+def test_a_request_without_an_answer_is_an_error(tools: Path) -> None:
+    """The error says whether the request has arrived: here TCP has delivered all of it."""
+    with answering(Redis(mute=True)) as where:
+        process = subprocess.Popen(
+            [str(tools / "clients"), "redis", *where, "1", "1", "0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGHUP)
+            _, said = process.communicate(timeout=patience(30))
+    assert process.returncode == 1
+    assert "no answer in ten seconds: 0 segments not acknowledged, sent again 0 times" in said
+
+
 def test_clients_refuse_another_answer(tools: Path) -> None:
     """An answer that differs from what the program has stored ends it with an error."""
     with answering(Redis(wrong=True)) as where:
-        done = run(tools / "clients", "redis", *where, 2, 1, 0)
-    assert done.returncode == 1
-    assert "an answer differs" in done.stderr
+        pair, running = pair_of(tools, where)
+        clients = RunningClients(pair, ClientProcesses("redis", 1, 2), [running])
+        clients.load()
+        clients.processes[0].wait(patience(10))
+        with pytest.raises(ProgramError, match="an answer differs"):
+            clients.__exit__(None, None, None)
 
 
 def test_clients_refuse_another_server(tools: Path) -> None:
