@@ -3,7 +3,9 @@ them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
 
@@ -23,13 +25,22 @@ def _task_addresses(services: Collection[Service]) -> set[IPv4Address]:
     return {task.address for service in services for task in service.tasks}
 
 
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """The last setting of a network; at first none."""
+
+    peers: frozenset[IPAddress] = frozenset()
+    endpoints: frozenset[Endpoint] = frozenset()
+    at: float = -math.inf
+
+
 class FloodLists:
     """The last setting of each network is remembered. One thread per network at a time."""
 
     def __init__(self, kernel: Kernel, clock: Callable[[], float]) -> None:
         self._kernel = kernel
         self._clock = clock
-        self._done: dict[str, tuple[object, float]] = {}
+        self._done: dict[str, _Done] = {}
 
     def forget(self, network_id: str) -> None:
         """The network has no endpoints here any more."""
@@ -60,16 +71,20 @@ class FloodLists:
             )
         peers = frozenset(peer.address for peer in view.peers) - frozenset(own)
         # The first endpoint makes a new device, so a change of the endpoints sets the list again.
-        wanted = (peers, frozenset(endpoints))
+        wanted = frozenset(endpoints)
         now = self._clock()
-        done = self._done.get(network.id)
-        if done is not None and done[0] == wanted and now - done[1] < REPAIR_EVERY:
+        done = self._done.get(network.id, _Done())
+        unchanged = (done.peers, done.endpoints) == (peers, wanted)
+        if unchanged and now - done.at < REPAIR_EVERY:
             return
         added = self._kernel.set_peers(network.id, peers)
+        removed = done.peers - peers
+        if removed:
+            log.info("peers removed", network=network.id, peers=sorted(map(str, removed)))
         if added:
             log.info("peers added", network=network.id, peers=sorted(map(str, added)))
             self._kernel.announce(network.id, endpoints)
-        self._done[network.id] = (wanted, now)
+        self._done[network.id] = _Done(peers, wanted, now)
 
     def announce_tasks(
         self,

@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from driver.dns_tasks import REST_AFTER
 from driver.errors import EngineError, KernelError, NotFound
@@ -519,12 +520,17 @@ def test_new_endpoint_writes_peers_again(host: Host) -> None:
 
 
 def test_departed_peers_are_removed(host: Host) -> None:
-    """A host that no longer shares the network is removed from the list."""
+    """A host that no longer shares the network is removed from the list, and the log says so
+    once."""
     host.join(20)
     host.look()
     host.list(NET, service("web", VIP, 7, 8), peers=(SELF,))
-    host.look()
+    with capture_logs() as logs:
+        host.look()
+        host.look(REPAIR_EVERY)
     assert host.flooded[-1] == (NET, frozenset())
+    removed = [entry for entry in logs if entry["event"] == "peers removed"]
+    assert [(entry["network"], entry["peers"]) for entry in removed] == [(NET, [str(PEER)])]
 
 
 def test_gossip_that_has_not_begun(host: Host) -> None:
