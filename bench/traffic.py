@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -31,6 +31,7 @@ from bench.servers import (
     Servers,
 )
 from bench.stats import FREEFLOW, FREEFLOW_OFF, Case
+from bench.subjects import NETWORKS, network_name
 from bench.swarm_hosts import BenchHost
 
 WARM_UP: Final = 1.0
@@ -192,6 +193,26 @@ class Runner:
 
     def run(self, one: Traffic | LoadCase, pair: SubjectPair, seconds: float) -> TrafficSample:
         """One run. Raises `ProgramError` if a program failed, or the figure is of another path."""
+        try:
+            return self._run(one, pair, seconds)
+        except ProgramError as error:
+            raise ProgramError(f"{error}{self._lonely(pair)}") from error
+
+    def _lonely(self, pair: SubjectPair) -> str:
+        """Words about an engine that has lost the other one. What failed may have failed by that:
+        without gossip no overlay has peers.
+        """
+        if pair.subject not in NETWORKS:
+            return ""
+        said = ""
+        for host in (self.client, self.server):
+            with suppress(BenchError, OSError):
+                peers = host.engine.network(network_name(pair.subject)).get("Peers") or ()
+                if len(peers) < 2:
+                    said += f"; the engine of {host.name} has lost the other host"
+        return said
+
+    def _run(self, one: Traffic | LoadCase, pair: SubjectPair, seconds: float) -> TrafficSample:
         if isinstance(one, LoadCase):
             before = self.accounts.read()
             figure = one.run(pair, seconds)[one.case.name]

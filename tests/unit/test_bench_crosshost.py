@@ -19,6 +19,7 @@ from bench.accounting import Reading
 from bench.client_processes import ClientProcesses
 from bench.conditions import enabled
 from bench.crosshost import LOCAL, CrossHost
+from bench.engine_api import EngineApi
 from bench.errors import BenchError, ProgramError
 from bench.latency import Latency
 from bench.load import Load
@@ -274,7 +275,18 @@ class FakeAccounts(accounting.Accounts):
         return accounting.Used(5000.0, 0.125)
 
 
-HOST = BenchHost("h1", Path("/"), IPv4Address("192.0.2.1"), cast("Any", None), 1, "group")
+class Gossip(EngineApi):
+    """An engine that lists these peers of every network."""
+
+    peers: Sequence[str] | None = ("h1", "h2")
+
+    def network(self, name: str) -> dict[str, Any]:
+        return {"Name": name, "Peers": self.peers}
+
+
+def bench_host(name: str) -> BenchHost:
+    engine = Gossip(Path("/nowhere"))
+    return BenchHost(name, Path("/"), IPv4Address("192.0.2.1"), engine, 1, "group")
 
 
 class Runner(cases.Runner):
@@ -294,7 +306,8 @@ def runner(log: list[str], listings: Iterator[Listed]) -> Runner:
         log.append("look")
         return next(listings)
 
-    made = Runner(HOST, HOST, cast("Any", None), FakeAccounts((), ()), look=look)
+    hosts = bench_host("h1"), bench_host("h2")
+    made = Runner(*hosts, cast("Any", None), FakeAccounts((), ()), look=look)
     made.log = log
     made.counted = client_processes.Counted(1000, 500.0, Latency(1, 2))
     made.sleep = lambda _: log.append("sleep")
@@ -351,6 +364,21 @@ def test_a_figure_of_the_wrong_path_is_an_error() -> None:
         runner([], iter([Listed(1, 50, {})])).run(BUSY, PAIRS[1], 1.0)
     with pytest.raises(BenchError, match="49 of 50"):
         runner([], iter([Listed(0, 49, {})])).run(BUSY, PAIRS[1], 1.0)
+
+
+@pytest.mark.parametrize("peers", [("h2",), (), None])
+def test_an_engine_without_the_other_host_is_named(
+    peers: Sequence[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that fails while an engine has lost its peer is not blamed alone."""
+    made = runner([], iter([Listed(1, 50, {})]))
+    with pytest.raises(ProgramError) as found:
+        made.run(BUSY, PAIRS[1], 1.0)
+    assert "lost" not in str(found.value)
+    monkeypatch.setattr(Gossip, "peers", peers)
+    made = runner([], iter([Listed(1, 50, {})]))
+    with pytest.raises(ProgramError, match=r"which is off; the engine of h1 has lost .*; .* h2"):
+        made.run(BUSY, PAIRS[1], 1.0)
 
 
 def test_figures_of_streams_and_tails() -> None:
