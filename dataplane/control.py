@@ -15,10 +15,6 @@ OWNED = 2500
 are of the longest."""
 
 
-SPINNING_CORES = 4
-"""A host with fewer has none to spare for a relay that spins."""
-
-
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """When a connection is upgraded, and how it waits; `struct welcome` in `library/protocol.h`."""
 
@@ -96,9 +92,9 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of a ring (one direction) of a connection to another host; a power of two."""
     remote_memory: int = 1 << 30
     """Bytes registered with the RDMA device, for all connections together."""
-    relay_spin: int = 0
-    """Microseconds for which the relay spins before a sleep, on hosts with `SPINNING_CORES`. Where
-    it has an RDMA device too, it spins as libraries do."""
+    relay_spin: int = 50
+    """Microseconds for which the relay lets others run before it sleeps, on hosts with two cores or
+    more. Where it has an RDMA device too, it spins as libraries do."""
     relay_rule: RelayRule = RelayRule()
     relay: bool = True
     """Whether connections to other hosts may go over the relays' TCP connections."""

@@ -272,8 +272,8 @@ class Settings:
     relay_spin: int = _setting(
         _whole(0, 1000),
         _ROUTER.relay_spin,
-        "microseconds for which a relay without an RDMA device spins before it sleeps, on hosts "
-        f"with {control.SPINNING_CORES} processor cores or more",
+        "microseconds for which a relay without an RDMA device waits for more before it sleeps, and "
+        "lets others run meanwhile, on hosts with two processor cores or more",
         details="See [TCP between relays](relay.md#the-rule).",
         tuning=True,
     )

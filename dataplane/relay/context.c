@@ -107,8 +107,9 @@ static bool has_cores(void)
         return sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 1;
 }
 
-void relay_set_spin(uint32_t time)
+void relay_set_spin(uint32_t time, bool yields)
 {
+        relay.yields = yields;
         settings.spin = has_cores() ? time : 0;
 }
 

@@ -21,7 +21,8 @@ struct watch {
 
 struct relay {
         int epoll;
-        uint32_t core;    /* 1 + core that the thread is on; 0: unknown */
+        uint32_t core;    /* 1 + core that the thread is on; 0: unknown, or nobody need spin for it */
+        bool yields;      /* it lets others run while it spins */
         uint64_t stop_at; /* ns; 0: not asked to stop */
         uint64_t counters[RELAY_COUNTERS];
 };
@@ -52,8 +53,9 @@ void watch_remove(struct watch *watch);
  */
 bool watches_poll(int timeout);
 
-/* Microseconds to spin before a sleep, as libraries do; 0: never. */
-void relay_set_spin(uint32_t time);
+/* Microseconds to spin before a sleep, as libraries do; 0: never. `yields`: let others run
+ * meanwhile. */
+void relay_set_spin(uint32_t time, bool yields);
 /* From now on the relay brings all connections back to TCP, for DRAIN ms at most, and then ends. */
 void relay_stop(void);
 /* Ends the process: an error after which the relay cannot work. */

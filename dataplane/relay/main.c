@@ -31,7 +31,10 @@
  * connections, send what they have, ring the bells of processes that have got something. An idle
  * connection costs nothing in a turn, and nothing in a turn blocks. When a turn finds no work the
  * thread spins as the library's waiters do (spin.h), then makes all connections idle and sleeps in
- * epoll: on the router's socket, the bells of arenas, and the transports' descriptors.
+ * epoll: on the router's socket, the bells of arenas, and the transports' descriptors. Without
+ * RDMA it lets others run between two turns of a spin, because a process or the other relay may
+ * need the core to produce what it waits for. It so keeps the core from halting, and a wake-up of a
+ * halted core takes longer than a turn.
  *
  * When the router's socket closes, or on SIGTERM, all connections fall back to TCP. The relay
  * delivers what they have sent as long as their links live; connections that are not done by then
@@ -47,6 +50,7 @@
 #include "mirror_scan.h"
 #include "router_requests.h"
 #include "transports.h"
+#include "usage.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -60,11 +64,15 @@ enum {
         POLL_TURNS = 32, /* turns between polls of descriptors while there is work */
         BUSY_US = 100,   /* microseconds between them, if turns take long */
         POLL_US = 16,    /* microseconds between them while spinning */
+        ALONE_US = 5,    /* a yield that took no longer than this had nobody to yield to */
+        LATE_US = 300,   /* one that took longer had somebody who works rather than answers */
+        CROWDED = 100,   /* ms without yields after that */
         LINGER = 100,    /* ms for the last messages to arrive */
 };
 
 static struct spinner spinner;
-static bool leaving; /* all connections have been asked to fall back to TCP */
+static bool leaving;           /* all connections have been asked to fall back to TCP */
+static uint64_t crowded_until; /* ns: others use the core until then */
 
 static void on_signal(struct watch *watch, UNUSED uint32_t events)
 {
@@ -119,6 +127,38 @@ static uint64_t tick(uint64_t present)
         return first;
 }
 
+/* Lets others run, then takes one turn. Processes that wait for a core get it at once, but one that
+ * computes keeps it for a time slice: then sleeping is better, since a wake-up would interrupt it.
+ * True: there was work. */
+static bool yield_once(uint64_t *present)
+{
+        uint64_t before = *present, yielded;
+        bool found;
+
+        sched_yield();
+        yielded = now();
+        found = watches_poll(0);
+        found = turn() || found;
+        *present = now();
+        if (!found)
+                usage_spun(*present - (yielded - before < ALONE_US * 1000 ? before : yielded));
+        if (yielded - before > LATE_US * 1000)
+                crowded_until = *present + CROWDED * UINT64_C(1000000);
+        return found;
+}
+
+static bool spin_once(uint64_t *present)
+{
+        bool found = false;
+
+        for (int i = 0; i < SPIN_CHECKS && !found; i++) {
+                relax();
+                found = turn();
+        }
+        *present = now();
+        return found;
+}
+
 /* Takes turns without sleeping as long as that pays (spin.h). True: there was work. */
 static bool spin(void)
 {
@@ -128,12 +168,10 @@ static bool spin(void)
         if (!budget)
                 return false;
         start = present = polled = now();
+        if (present < crowded_until)
+                return false;
         do {
-                for (int i = 0; i < SPIN_CHECKS && !found; i++) {
-                        relax();
-                        found = turn();
-                }
-                present = now();
+                found = relay.yields ? yield_once(&present) : spin_once(&present);
                 if (!found && present - polled >= POLL_US * 1000) {
                         found = watches_poll(0);
                         tick(present);
@@ -173,7 +211,7 @@ static void run(void)
                 bool any = turn();
                 uint64_t present = any ? now() : 0;
 
-                relay.core = settings.spin ? (uint32_t)sched_getcpu() + 1 : 0;
+                relay.core = settings.spin && !relay.yields ? (uint32_t)sched_getcpu() + 1 : 0;
                 if (any && (turns % POLL_TURNS == 0 || present - polled >= BUSY_US * 1000)) {
                         watches_poll(0);
                         tick(present);

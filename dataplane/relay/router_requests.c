@@ -41,7 +41,7 @@ static void do_open(const void *data, UNUSED int *descriptors)
                 return;
         }
         opened.error = transports_open(&open, &opened.mtu, opened.text);
-        relay_set_spin(transports_spin());
+        relay_set_spin(transports_spin(), transports_yield());
         answer(&opened, sizeof opened, R_OPENED);
 }
 

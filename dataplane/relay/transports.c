@@ -63,6 +63,14 @@ uint32_t transports_spin(void)
         return most;
 }
 
+bool transports_yield(void)
+{
+        for (int i = 0; i < KINDS; i++)
+                if (opened[i] && i != RELAY_TCP)
+                        return false;
+        return true;
+}
+
 const struct transport *transport_opened(uint32_t kind)
 {
         return kind < KINDS ? opened[kind] : NULL;

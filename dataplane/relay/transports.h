@@ -23,6 +23,8 @@ extern struct transport faulty_tcp_transport;
 int transports_open(const struct relay_open *request, uint32_t *mtu, char *text);
 /* Microseconds for which the relay spins: the most that R_OPEN named for one that is open. */
 uint32_t transports_spin(void);
+/* Is none open that brings its messages to memory, where only a spin finds them soon? */
+bool transports_yield(void);
 /* NULL: there is no such transport, or it is not open. */
 const struct transport *transport_opened(uint32_t kind);
 /* As the functions of a transport, for all that are open. */

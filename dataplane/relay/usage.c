@@ -19,6 +19,7 @@ static const struct {
 
 struct node usages = LIST(usages);
 static uint64_t spent; /* ns of the thread, at the last report */
+static uint64_t spun;  /* ns of it since then that count for nobody */
 
 void usage_start(struct usage *usage, uint64_t arena, uint32_t link)
 {
@@ -58,6 +59,11 @@ static uint64_t whole_work(bool links)
         return work;
 }
 
+void usage_spun(uint64_t time)
+{
+        spun += time;
+}
+
 void usage_report(void)
 {
         const uint64_t all[] = {whole_work(false), whole_work(true)};
@@ -66,8 +72,9 @@ void usage_report(void)
 
         clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
         present = (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-        share = present - spent;
+        share = present - spent > spun ? present - spent - spun : 0;
         spent = present;
+        spun = 0;
         EACH(node, &usages) {
                 struct usage *usage = OF(node, struct usage, used);
                 struct relay_usage message = {.link = usage->link, .arena = usage->arena};

@@ -4,7 +4,8 @@
  * done is counted where it is done, and has a price: so much per byte, block, message and bell
  * (usage.c). Once per R_COUNT the thread's processor time since the last one is divided among
  * arenas in proportion to the prices, and once more among links. So the shares of all arenas add up
- * to what the relay has used, turns without work included, unless nobody had work.
+ * to what the relay has used, turns without work included, unless nobody had work. Only what it
+ * spends on letting others run is not in it: it would sleep instead.
  */
 #ifndef FREEFLOW_RELAY_USAGE_H
 #define FREEFLOW_RELAY_USAGE_H
@@ -33,6 +34,8 @@ static inline void usage_add(struct usage *usage, enum relay_usage_value value, 
         list_add(&usages, &usage->used);
 }
 
+/* So many ns of the thread went to a spin that lets others run, and found nothing. */
+void usage_spun(uint64_t time);
 /* R_USAGE for all arenas and links with work since the last time. */
 void usage_report(void);
 

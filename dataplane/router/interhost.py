@@ -60,14 +60,6 @@ class Equipment:
     open: bool = False
 
 
-def spin_over_tcp(settings: control.RouterSettings, cores: int) -> int:
-    """Microseconds for which a relay spins that has only TCP.
-
-    Sleeping costs less of the processor, and connections that are let in share wake-ups.
-    """
-    return settings.relay_spin if cores >= control.SPINNING_CORES else 0
-
-
 class InterHost:
     """See the module. A `RelayOwner`."""
 
@@ -184,9 +176,8 @@ class InterHost:
             self.scanned.why,
             others=any(hello.rdma for hello in hellos),
         )
-        spin = spin_over_tcp(settings, len(os.sched_getaffinity(0)))
         tcp = relay_wire.RelayOpen(
-            "", 0, 0, relay.kind, spin, ENCRYPTION[settings.relay_encryption]
+            "", 0, 0, relay.kind, settings.relay_spin, ENCRYPTION[settings.relay_encryption]
         )
         relay.decide(None if why_not else tcp, why_not, others=any(hello.relay for hello in hellos))
 

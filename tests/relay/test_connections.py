@@ -113,6 +113,18 @@ def test_a_relay_that_is_told_to_spin_no_more(binary: Path, end: Path, transport
         assert a.counts()["spins"] == b.counts()["spins"] == 0
 
 
+def test_a_relay_that_spins_finds_messages(binary: Path, end: Path) -> None:
+    """A relay that spins finds what processes and the other relay send without sleeping."""
+    with relays(binary, spin=1000) as (a, b):
+        link(a, b)
+        one, two = connect(a, b)
+        trips = ("rounds=2000", "message=100", "check=0")
+        first, second = one.popen(end, *trips), two.popen(end, *trips, "server=1")
+        assert first.wait(patience(30)) == second.wait(patience(30)) == 0
+        assert a.counts()["spins"] > 0
+        assert b.counts()["spins"] > 0
+
+
 def test_an_arena_whose_process_has_no_bell_is_polled(binary: Path, end: Path) -> None:
     """The relay polls an arena whose process cannot ring the relay's bell."""
     with relays(binary, spin=0) as (a, b):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dataplane.router.relay_wire import USES
-from testbed.relays import End, Relay, connect, drop, link, more, pair, relays, result
+from testbed.patience import patience
+from testbed.relays import TCP, End, Relay, connect, drop, link, more, pair, relays, result
 
 pytestmark = pytest.mark.usefixtures("transport")
 
@@ -73,6 +74,31 @@ def test_the_processor_is_divided_by_work(binary: Path, end: Path) -> None:
         assert 0.5 * spent < much + little < 1.5 * spent + 1_000_000
         assert much > 3 * little > 0
         assert abs(share(0, 1) - much - little) < 1000
+
+
+def test_waiting_counts_for_nobody(binary: Path, end: Path, transport: int) -> None:
+    """What a relay without RDMA spends on waiting for more before it sleeps is no container's. With
+    RDMA, where it spins for its processes, it is.
+    """
+    with relays(binary, spin=1000) as (a, b):
+        link(a, b)
+        trips = ("rounds=300", "message=100", "check=0")
+        until = time.monotonic() + patience(20)
+        # A relay whose core is busy with something else does not wait.
+        while True:
+            one, two = connect(a, b)
+            first, before = uses(a), cpu(a)
+            client, server = one.popen(end, *trips), two.popen(end, *trips, "server=1")
+            assert client.wait(patience(30)) == server.wait(patience(30)) == 0
+            last, spent = uses(a), cpu(a) - before
+            share = last[one.arena, 0]["cpu"] - first.get((one.arena, 0), {}).get("cpu", 0)
+            assert share <= 1.1 * spent
+            if transport != TCP:
+                assert share >= 0.9 * spent
+                return
+            if share < 0.8 * spent:
+                return
+            assert time.monotonic() < until
 
 
 def test_what_is_idle_is_not_reported(binary: Path, end: Path) -> None:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from dataplane.control import RelayRule, RouterSettings
+from dataplane.control import RelayRule
 from dataplane.router import library_wire as wire
 from dataplane.router import peer_wire, relay_use
 from dataplane.router.arenas import RELAY_SIDE
-from dataplane.router.interhost import spin_over_tcp
 from dataplane.router.loop import Bugs, EpollLoop
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.reasons import Reason
@@ -464,10 +463,3 @@ def test_the_share_of_the_processor() -> None:
     assert spent >= 0.8 * PROCESSOR * (loop.now() - began)
     assert rounds == [1000 * (1 + n) for n in range(len(rounds))]
     assert len(rounds) >= 3
-
-
-def test_spinning() -> None:
-    """A relay that has only TCP spins by setting, and only where cores can be spared."""
-    assert [spin_over_tcp(RouterSettings(), cores) for cores in (1, 4, 64)] == [0, 0, 0]
-    wanted = RouterSettings(relay_spin=50)
-    assert [spin_over_tcp(wanted, cores) for cores in (1, 2, 3, 4, 64)] == [0, 0, 0, 50, 50]
