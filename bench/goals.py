@@ -88,9 +88,11 @@ def goals() -> list[Goal]:
         ),
         *_gain("redis_p16_c50", 2, 0.5),
         *_gain("redis_p1_c16", 2, 0.45),
-        *_gain("redis_p1_c8", 1.3, 0.6),
+        # So few connections stay on TCP: the fast path serves them faster than the relays.
+        Goal("redis_p1_c8", "ratio_to_overlay", 1.3),
+        Goal("redis_p1_c8", "cpu_ratio_to_overlay", 0.6, at_most=True),
+        Goal("redis_p1_c8", "cpu_ratio_to_host", 0.9, at_most=True),
         Goal("redis_p1_c50", "cpu_ratio_to_host", 0.6, at_most=True, by_relay=True),
-        Goal("redis_p1_c8", "cpu_ratio_to_host", 0.9, at_most=True, by_relay=True),
         *_gain("stream_1_no_offload", 2, 0.4),
         *(goal for case in (*lone, "stream_1", "stream_4") for goal in _as_good(case)),
         *(Goal(case, "ratio_to_overlay", limit) for case, limit in at_least.items()),

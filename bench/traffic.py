@@ -87,7 +87,7 @@ def _redis(name: str, clients: ClientProcesses, about: str, moves: bool = True) 
 def _redis_connections(connections: int, pipeline: int = 1) -> Traffic:
     clients = ClientProcesses("redis", connections=connections, pipeline=pipeline)
     about = f"one process, {connections} connections, pipelines of {pipeline}"
-    return _redis(f"redis_p{pipeline}_c{connections}", clients, about, connections > 4)
+    return _redis(f"redis_p{pipeline}_c{connections}", clients, about, connections > 8)
 
 
 def _pairs(count: int) -> Traffic:
