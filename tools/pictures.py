@@ -175,9 +175,16 @@ LATENCIES: Final[dict[str, Cell]] = {
 
 
 def make_table(report: BenchReport) -> str:
-    """The table of a stored result, in Markdown, below a line about the machine."""
+    """The table of a stored result, in Markdown, below a line about the machine.
+
+    Cases that `overlay` doesn't have have no row.
+    """
     machine = report["machine"]
-    rows = report["results"]
+    rows = {
+        name: row
+        for name, row in report["results"].items()
+        if row.get("ratio_to_overlay") is not None
+    }
     head = (
         f"Ratios to Docker's `overlay`. Medians of {machine['rounds']} rounds on {machine['when'][:10]}: "
         f"{machine['cores']} cores, {machine['cpu']},\nLinux {machine['kernel']}, engine "
