@@ -43,6 +43,8 @@ from dataplane.router.request_table import RequestTable
 from dataplane.router.seams import ArenaMemory, Outbox, SocketTable
 from dataplane.router.slot_grants import SlotGrants
 from dataplane.router.verbs_cm import VerbsConnections
+from dataplane.router.verbs_datagrams import DatagramEnd, Datagrams
+from dataplane.router.verbs_groups import Groups
 from dataplane.router.verbs_pairing import QueuePairRecord, VerbsPairing
 from dataplane.router.verbs_wire import VERBS_VERSION
 
@@ -74,6 +76,10 @@ class Pairing:
         self._slots = SlotGrants(self._registry, self.arena_table, self._bells)
         self.verbs = VerbsPairing(self._registry, self.arena_table, self._slots, memory, secret)
         self.verbs_connections = VerbsConnections(self._registry, self.verbs.processes, secret)
+        self.datagrams = Datagrams(
+            self._registry, self.verbs.processes, self.arena_table, self._slots, memory
+        )
+        self.groups = Groups(self._registry, self.datagrams)
         self.processes = self._registry.processes
         self.containers = self._registry.containers
         self.arenas = self.arena_table.arenas
@@ -160,10 +166,14 @@ class Pairing:
                 self.refuse(waiting, why_not(network))
         self.verbs.replace_snapshot()
         self.verbs_connections.replace_snapshot()
+        self.groups.replace_snapshot()
+        self.datagrams.replace_snapshot()
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection: it has ended, or sent something invalid."""
         self.verbs_connections.gone(process_id)
+        self.groups.gone(process_id)
+        self.datagrams.gone(process_id)
         self.verbs.gone(process_id)
         process = self._registry.remove(process_id)
         for waiting in list(process.waiting.values()):
@@ -323,6 +333,8 @@ class Pairing:
                 pass
             case QueuePairRecord() as queue_pair:
                 self.verbs.release(process_id, queue_pair)
+            case DatagramEnd() as end:
+                self.datagrams.release(process_id, end)
             case _:
                 self.release_end(arena, message.slot, side)
 
@@ -391,6 +403,7 @@ class Pairing:
         self.arena_table.sweep(now, most)
         self.verbs.sweep()
         self.verbs_connections.sweep()
+        self.groups.sweep()
 
 
 def _end(waiting: PairRequest) -> ConnectionEnd:

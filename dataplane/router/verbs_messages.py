@@ -10,6 +10,7 @@ from dataplane.router.pairing import Pairing
 from dataplane.router.verbs_wire import (
     Step,
     VerbsConnection,
+    VerbsDatagrams,
     VerbsEnd,
     VerbsKind,
     VerbsListen,
@@ -40,6 +41,9 @@ def handle(pairing: Pairing, process: int, message: Message | VerbsMessage) -> i
             pairing.verbs.end(process, message)
         case VerbsStatus():
             pairing.verbs.status(process, message)
+        case VerbsDatagrams():
+            _datagrams(pairing, process, message)
+            cost = REQUEST
         case VerbsListen():
             pairing.verbs_connections.listen(process, message)
         case VerbsConnection():
@@ -48,3 +52,17 @@ def handle(pairing: Pairing, process: int, message: Message | VerbsMessage) -> i
         case _:
             raise WrongMessage(f"{type(message).__name__} is not for the router")
     return cost
+
+
+def _datagrams(pairing: Pairing, process: int, message: VerbsDatagrams) -> None:
+    match message.kind:
+        case VerbsKind.GROUP:
+            pairing.groups.join(process, message)
+        case VerbsKind.DATAGRAM_PEER if message.gid is not None and message.gid.is_multicast:
+            pairing.groups.send_to(process, message)
+        case VerbsKind.DATAGRAM_PEER:
+            pairing.datagrams.ask(process, message)
+        case _:
+            pairing.datagrams.open(process, message)
+            if not message.on:
+                pairing.groups.closed(process, message.qpn)

@@ -1,0 +1,334 @@
+"""Datagrams of verbs between processes of this host: who takes some, and by which slot they go.
+
+A slot carries all that two processes send from one GID to another, whichever of their queue pairs
+it is for. Only one of them asks for it: so others cost a process slots and descriptors that it has
+not asked for, and there are limits of that. There is no I/O but that of `seams.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from dataplane.errors import KernelRefused, WrongMessage
+from dataplane.router.arena_table import ArenaTable
+from dataplane.router.arenas import Arena, EndKey
+from dataplane.router.library_wire import IPAddress
+from dataplane.router.reasons import Reason
+from dataplane.router.registry import Registry
+from dataplane.router.seams import ArenaMemory
+from dataplane.router.slot_grants import SlotGrants
+from dataplane.router.verbs_devices import RANGE
+from dataplane.router.verbs_pairing import VerbsProcess
+from dataplane.router.verbs_wire import (
+    SlotKind,
+    VerbsDatagrams,
+    VerbsGrant,
+    VerbsKind,
+    VerbsRefuse,
+)
+
+BETWEEN: Final = 1024
+"""Slots for datagrams between two containers."""
+UNASKED: Final = 128
+"""Slots for datagrams that the processes of one container ask of one process."""
+
+
+@dataclass(slots=True, eq=False)
+class DatagramEnd:
+    """A process's end of a slot for datagrams."""
+
+    process: int
+    namespace: int
+    gid: IPAddress
+    key: EndKey = 0
+    """See `SlotEnd`."""
+    slot: DatagramSlot | None = None
+    """None: it has ended. The process is to release its place."""
+    place: tuple[Arena, int, int] | None = None
+    """Arena, slot and side."""
+
+
+@dataclass(slots=True, eq=False)
+class DatagramSlot:
+    """A slot for the datagrams of two processes."""
+
+    number: int
+    network: str
+    ends: tuple[DatagramEnd, DatagramEnd]
+    """By side."""
+    asker: DatagramEnd
+
+    @property
+    def asked(self) -> DatagramEnd:
+        """The end that has not asked for it."""
+        return self.ends[1] if self.asker is self.ends[0] else self.ends[0]
+
+
+SlotName = tuple[str, tuple[int, IPAddress], tuple[int, IPAddress]]
+"""A network, and both ends' process and GID; the older process comes first."""
+
+
+class Datagrams:
+    """The queue pairs that take datagrams, and the slots for them."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        processes: Mapping[int, VerbsProcess],
+        arena_table: ArenaTable,
+        slots: SlotGrants,
+        memory: ArenaMemory,
+    ) -> None:
+        self._registry = registry
+        self._processes = processes
+        self._arena_table = arena_table
+        self._slots = slots
+        self._memory = memory
+        self._numbers = itertools.count(1)
+        self.open_at: dict[tuple[int, int], int] = {}
+        """Namespace and QPN of a queue pair that takes datagrams, to its process."""
+        self.open_of: dict[int, set[int]] = {}
+        """QPNs by process."""
+        self.slots: dict[SlotName, DatagramSlot] = {}
+        self.of_process: dict[int, dict[DatagramEnd, None]] = {}
+        """Ends by process, until it has released them."""
+        self.between: Counter[frozenset[int]] = Counter()
+        """Slots by their two namespaces."""
+        self.unasked: Counter[tuple[int, int]] = Counter()
+        """Slots by the namespace that asked, and the process that didn't."""
+        self.refused: Counter[Reason] = Counter()
+        self.ended: Callable[[DatagramSlot], None] = lambda _: None
+        """Called after a slot has ended."""
+
+    # --- queue pairs
+
+    def opened(self, process_id: int) -> VerbsProcess:
+        """A process that has a device.
+
+        Raises:
+            WrongMessage: the process has not sent V_OPEN.
+        """
+        opened = self._processes.get(process_id)
+        if opened is None:
+            raise WrongMessage("a message of verbs before V_OPEN")
+        return opened
+
+    def open(self, process_id: int, message: VerbsDatagrams) -> None:
+        """A queue pair takes datagrams, or none any more.
+
+        Raises:
+            WrongMessage: the process has not sent V_OPEN.
+        """
+        opened = self.opened(process_id)
+        if not message.on:
+            self._close(opened, message.qpn)
+        elif not opened.device.owns(message.qpn):
+            self.refuse(process_id, message, Reason.NOT_FOUND)
+        else:
+            self.open_at[opened.namespace, message.qpn] = process_id
+            self.open_of.setdefault(process_id, set()).add(message.qpn)
+
+    def _close(self, opened: VerbsProcess, qpn: int) -> None:
+        """The last one's end ends the process's slots, too."""
+        of_process = self.open_of.get(opened.id, set())
+        if qpn not in of_process:
+            return
+        of_process.remove(qpn)
+        del self.open_at[opened.namespace, qpn]
+        if not of_process:
+            del self.open_of[opened.id]
+            self._end_all(opened.id)
+
+    def takes(self, process_id: int, qpn: int) -> bool:
+        """Whether a process has a queue pair that takes datagrams."""
+        return qpn in self.open_of.get(process_id, ())
+
+    def refuse(self, process_id: int, message: VerbsDatagrams, reason: Reason) -> None:
+        """Tell a process that it does not get what it has asked for."""
+        self.refused[reason] += 1
+        number = message.peer_qpn if message.kind is VerbsKind.DATAGRAM_PEER else message.qpn
+        refuse = VerbsRefuse(message.kind, message.request, number, reason)
+        self._registry.outbox.send(process_id, refuse)
+
+    # --- slots
+
+    def ask(self, process_id: int, message: VerbsDatagrams) -> None:
+        """Give a process a slot for its datagrams to another one; none if there is one already.
+
+        Raises:
+            WrongMessage: the process has not sent V_OPEN.
+        """
+        opened = self.opened(process_id)
+        found = self._find(opened, message)
+        made = found if isinstance(found, Reason) else self.slot(opened, *found, message.request)
+        if isinstance(made, Reason):
+            self.refuse(process_id, message, made)
+
+    def _find(
+        self, opened: VerbsProcess, message: VerbsDatagrams
+    ) -> tuple[IPAddress, VerbsProcess, IPAddress] | Reason:
+        gid, peer_gid = opened.device.gid(message.gid_index), message.gid
+        if gid is None or peer_gid is None:
+            return Reason.FOREIGN
+        network = self._registry.knowledge.network_of(opened.namespace, gid)
+        assert network is not None
+        namespace = network.owners.get(peer_gid)
+        if namespace is None:
+            is_remote = peer_gid in network and peer_gid not in network.everywhere
+            return Reason.REMOTE if is_remote else Reason.FOREIGN
+        peer = self.open_at.get((namespace, message.peer_qpn))
+        if peer is None or not self.takes(opened.id, message.qpn):
+            return Reason.NOT_FOUND
+        return gid, self._processes[peer], peer_gid
+
+    def slot(
+        self,
+        opened: VerbsProcess,
+        gid: IPAddress,
+        peer: VerbsProcess,
+        peer_gid: IPAddress,
+        request: int,
+    ) -> DatagramSlot | Reason:
+        """The slot from a GID of a process to one of another process; a new one if need be.
+
+        `request`: what a new one's grant says to the process that asks.
+        """
+        network = self._registry.knowledge.network_of(opened.namespace, gid)
+        assert network is not None
+        if peer is opened:
+            return Reason.SHARED
+        asker = DatagramEnd(opened.id, opened.namespace, gid)
+        asked = DatagramEnd(peer.id, peer.namespace, peer_gid)
+        name = _name(network.id, asker, asked)
+        if name in self.slots:
+            return self.slots[name]
+        if self._is_too_much(asker, asked):
+            return Reason.LIMIT
+        ends = (asker, asked) if asker.process < asked.process else (asked, asker)
+        number = next(self._numbers)
+        for side, end in enumerate(ends):
+            end.key = "ud", 2 * number + side
+        try:
+            arena, place = self._slots.take(*ends)
+        except KernelRefused:
+            return Reason.MEMORY
+        made = DatagramSlot(number, network.id, ends, asker)
+        self.slots[name] = made
+        self._count(made, 1)
+        for side, end in enumerate(ends):
+            end.slot, end.place = made, (arena, place, side)
+            self.of_process.setdefault(end.process, {})[end] = None
+        requests = [request if end is asker else 0 for end in ends]
+        first, second = (self._message(made, side, requests[side]) for side in (0, 1))
+        self._slots.hand_out(arena, first, second)
+        return made
+
+    def _is_too_much(self, asker: DatagramEnd, asked: DatagramEnd) -> bool:
+        registry = self._registry
+        one, other = asker.namespace, asked.namespace
+        ends = Counter((one, other))
+        return (
+            self.between[frozenset((one, other))] >= BETWEEN
+            or self.unasked[one, asked.process] >= UNASKED
+            or not registry.outbox.has_room(asked.process)
+            or registry.share_too_much(one, other)
+            or any(registry.is_full(namespace, more) for namespace, more in ends.items())
+        )
+
+    def _count(self, slot: DatagramSlot, more: int) -> None:
+        between = frozenset((slot.asker.namespace, slot.asked.namespace))
+        unasked = slot.asker.namespace, slot.asked.process
+        self.between[between] += more
+        self.unasked[unasked] += more
+        if not self.between[between]:
+            del self.between[between]
+        if not self.unasked[unasked]:
+            del self.unasked[unasked]
+
+    def _message(self, slot: DatagramSlot, side: int, request: int) -> VerbsGrant:
+        own, peer = slot.ends[side], slot.ends[1 - side]
+        assert own.place is not None
+        arena, place, _ = own.place
+        return VerbsGrant(
+            request=request,
+            qpn=0,
+            peer_qpn=self._processes[peer.process].device.qpn_first or 0,
+            slot_kind=SlotKind.DATAGRAMS,
+            side=side,
+            slot=place,
+            gid_index=self._processes[own.process].device.index_of(own.gid) or 0,
+            arena=arena.id,
+            incarnation=arena.slots[place].incarnation,
+            token=arena.sides[side].token,
+            peer_gid=peer.gid,
+            peer_count=RANGE,
+            number=slot.number,
+        )
+
+    # --- the end
+
+    def release(self, process_id: int, end: DatagramEnd) -> None:
+        """A process has released its end of a slot. It has to be its own: children have none of
+        their parent's.
+        """
+        if end.process == process_id:
+            self._release(end)
+
+    def _release(self, end: DatagramEnd) -> None:
+        if end.slot is not None:
+            self._end(end.slot, Reason.PEER_CLOSED, end)
+        assert end.place is not None
+        (arena, place, side), end.place = end.place, None
+        of_process = self.of_process[end.process]
+        del of_process[end]
+        if not of_process:
+            del self.of_process[end.process]
+        self._arena_table.release(arena, place, side)
+        self._arena_table.close_if_done(arena)
+
+    def _end(self, slot: DatagramSlot, reason: Reason, knows: DatagramEnd | None = None) -> None:
+        """A slot is not used any more. Each process releases its end when it has been told."""
+        del self.slots[_name(slot.network, *slot.ends)]
+        self._count(slot, -1)
+        if reason is not Reason.PEER_CLOSED:
+            assert slot.asker.place is not None
+            arena, place, _ = slot.asker.place
+            self._memory.sever(arena.memory, place)
+        for end in slot.ends:
+            end.slot = None
+            if end is not knows:
+                refuse = VerbsRefuse(VerbsKind.GRANT, 0, slot.number, reason)
+                self._registry.outbox.send(end.process, refuse)
+        self.ended(slot)
+
+    def _end_all(self, process_id: int) -> None:
+        for end in list(self.of_process.get(process_id, ())):
+            if end.slot is not None:
+                self._end(end.slot, Reason.PEER_CLOSED)
+
+    def gone(self, process_id: int) -> None:
+        """A process has closed its connection to the router."""
+        for end in list(self.of_process.get(process_id, ())):
+            self._release(end)
+        for qpn in self.open_of.pop(process_id, ()):
+            del self.open_at[self._processes[process_id].namespace, qpn]
+
+    def replace_snapshot(self) -> None:
+        """End slots that the new snapshot doesn't allow."""
+        knowledge = self._registry.knowledge
+        for slot in list(self.slots.values()):
+            networks = [knowledge.network_of(end.namespace, end.gid) for end in slot.ends]
+            if any(network is None or network.id != slot.network for network in networks):
+                self._end(slot, Reason.FOREIGN)
+            elif not all(network is not None and network.verbs for network in networks):
+                self._end(slot, Reason.OFF)
+
+
+def _name(network: str, one: DatagramEnd, other: DatagramEnd) -> SlotName:
+    if other.process < one.process:
+        one, other = other, one
+    return network, (one.process, one.gid), (other.process, other.gid)
