@@ -19,6 +19,13 @@ static inline void wait_begin(struct waiters *waiters, int bell)
         atomic_thread_fence(memory_order_seq_cst);
 }
 
+/* Has somebody said so since the bell was rung last? Then nothing that is published from now on is
+ * missed. */
+static inline bool wait_has_begun(const struct waiters *waiters, int bell)
+{
+        return load_relaxed(&waiters->any) && load_relaxed(&waiters->bells[bell / 64]) >> (bell % 64) & 1;
+}
+
 static inline void wait_end(struct waiters *waiters, int bell)
 {
         atomic_fetch_and_explicit(&waiters->bells[bell / 64], ~(UINT64_C(1) << (bell % 64)),

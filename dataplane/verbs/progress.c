@@ -5,14 +5,28 @@
 
 #include <stdlib.h>
 
-enum { LOOK_EVERY = 4096 /* polls */ };
+enum {
+        LOOK_EVERY = 4096, /* polls */
+        COLD_LOOKS = 16,
+        HOT_MOST = 32,
+        HOT_LOOKS = 1000,
+};
 
 /* The queue pairs of a completion queue. Whoever walks along them holds the mutex, and takes those
- * of the queue pairs meanwhile. */
+ * of the queue pairs meanwhile.
+ *
+ * Each poll looks at the hot ones, at which something happened a short while ago, and at some of
+ * the others, in turn. So a poll does not take longer the more queue pairs there are, and nobody
+ * has to tell it which one has something to do.
+ */
 struct drive {
         struct mutex mutex;
         struct queue_member *first;
+        struct queue_member *hot;
+        struct queue_member *next; /* the one to look at next; NULL: the first one */
+        uint32_t count, count_hot;
         uint32_t polls;
+        bool waits; /* some have asked for the other side */
 };
 
 static _Atomic uint32_t polls;
@@ -22,6 +36,17 @@ static bool has_come(const struct queue_pair *queue, struct ring *in)
 {
         return atomic_load_explicit(&in->tail, memory_order_relaxed) !=
                atomic_load_explicit(&queue->seen, memory_order_relaxed);
+}
+
+/* May progress_make() have something to do? */
+static bool may_go_on(const struct queue_pair *queue)
+{
+        struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);
+
+        return (in && has_come(queue, in)) || atomic_load_explicit(&queue->open, memory_order_relaxed) ||
+               atomic_load_explicit(&queue->owes, memory_order_relaxed) ||
+               (atomic_load_explicit(&queue->failed, memory_order_relaxed) &&
+                queue_state(queue) != IBV_QPS_ERR);
 }
 
 /* The relay, or the router, has given up the slot. */
@@ -86,8 +111,10 @@ bool progress_arm(struct queue_pair *queue)
                 return true;
         if (!in || !out || bell < 0)
                 return false;
-        wait_begin(&in->receivers, bell);
-        wait_begin(&out->senders, bell);
+        if (!wait_has_begun(&in->receivers, bell))
+                wait_begin(&in->receivers, bell);
+        if (!wait_has_begun(&out->senders, bell))
+                wait_begin(&out->senders, bell);
         return true;
 }
 
@@ -98,18 +125,58 @@ uint32_t progress_polls(void)
 
 /* --- polling */
 
-/* Nobody else may be listening to the router. */
-static void look_around(struct drive *drive)
+/* True: something has happened. */
+static bool look_at(struct drive *drive, struct queue_pair *queue, const struct cq *cq)
 {
-        bool due = ++drive->polls % LOOK_EVERY == 0;
+        uint32_t open = atomic_load_explicit(&queue->open, memory_order_relaxed);
 
-        for (struct queue_member *at = drive->first; at; at = at->next)
-                if (queue_paired(at->queue) == QUEUE_ASKED) {
-                        queue_pairer->ask_again(at->queue);
-                        due = true;
+        if (queue_paired(queue) == QUEUE_ASKED) {
+                queue_pairer->ask_again(queue);
+                drive->waits = true;
+        }
+        return may_go_on(queue) && (progress_make(queue, cq, false) ||
+                                    open != atomic_load_explicit(&queue->open, memory_order_relaxed));
+}
+
+static void look_at_hot_ones(struct drive *drive, const struct cq *cq)
+{
+        struct queue_member **at = &drive->hot, *member;
+
+        while ((member = *at)) {
+                if (look_at(drive, member->queue, cq))
+                        member->looks = HOT_LOOKS;
+                else
+                        member->looks--;
+                if (member->looks) {
+                        at = &member->next_hot;
+                } else {
+                        *at = member->next_hot;
+                        drive->count_hot--;
                 }
-        if (due)
+        }
+}
+
+static void look_at_cold_ones(struct drive *drive, const struct cq *cq)
+{
+        for (uint32_t i = 0; i < COLD_LOOKS && i < drive->count; i++) {
+                struct queue_member *member = drive->next ? drive->next : drive->first;
+
+                drive->next = member->next;
+                if (member->looks || !look_at(drive, member->queue, cq) || drive->count_hot == HOT_MOST)
+                        continue;
+                member->looks = HOT_LOOKS;
+                member->next_hot = drive->hot;
+                drive->hot = member;
+                drive->count_hot++;
+        }
+}
+
+/* Nobody else may be listening to the router. */
+static void listen_to_router(struct drive *drive)
+{
+        if (++drive->polls % LOOK_EVERY == 0 || drive->waits)
                 queue_pairer->listen();
+        drive->waits = false;
 }
 
 static bool progress_poll(struct cq *cq)
@@ -120,9 +187,9 @@ static bool progress_poll(struct cq *cq)
                 return false;
         /* Not exact: no word is written by two threads without losing some. */
         atomic_store_explicit(&polls, progress_polls() + 1, memory_order_relaxed);
-        for (struct queue_member *at = drive->first; at; at = at->next)
-                progress_make(at->queue, cq, false);
-        look_around(drive);
+        look_at_hot_ones(drive, cq);
+        look_at_cold_ones(drive, cq);
+        listen_to_router(drive);
         mutex_release(&drive->mutex);
         return completions_are_there(&cq->completions);
 }
@@ -160,6 +227,7 @@ static bool join(struct cq *cq, struct queue_member *member)
         mutex_take(&drive->mutex);
         member->next = drive->first;
         drive->first = member;
+        drive->count++;
         mutex_release(&drive->mutex);
         atomic_store_explicit(&cq->driver, &driver, memory_order_release);
         return true;
@@ -168,14 +236,22 @@ static bool join(struct cq *cq, struct queue_member *member)
 static void leave(struct cq *cq, struct queue_member *member, bool lost)
 {
         struct drive *drive = cq->driven;
-        struct queue_member **at = &drive->first;
+        struct queue_member **at = &drive->first, **hot = &drive->hot;
 
         if (!lost) {
                 mutex_take(&drive->mutex);
-                while (*at && *at != member)
+                while (*at != member)
                         at = &(*at)->next;
-                if (*at)
-                        *at = member->next;
+                *at = member->next;
+                drive->count--;
+                if (drive->next == member)
+                        drive->next = member->next;
+                while (*hot && *hot != member)
+                        hot = &(*hot)->next_hot;
+                if (*hot) {
+                        *hot = member->next_hot;
+                        drive->count_hot--;
+                }
                 mutex_release(&drive->mutex);
         }
         atomic_fetch_sub_explicit(&cq->users, 1, memory_order_release);

@@ -36,10 +36,12 @@ enum queue_event { QUEUE_FATAL, QUEUE_REQUEST_ERROR, QUEUE_ACCESS_ERROR, QUEUE_D
 
 struct queue_pair;
 
-/* A queue pair in the list of a completion queue. */
+/* A queue pair in the list of a completion queue: progress.c. */
 struct queue_member {
         struct queue_member *next;
         struct queue_pair *queue;
+        struct queue_member *next_hot;
+        uint32_t looks; /* in vain, until it is cold; 0: it is */
 };
 
 struct queue_pair {
