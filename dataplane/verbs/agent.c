@@ -29,7 +29,8 @@ enum {
 struct watched {
         uint32_t arena;
         uint32_t users;
-        int bell; /* -1: none yet */
+        int bell;                       /* -1: none yet */
+        uint32_t numbers[SIDES][SLOTS]; /* of whose slots they are; 0: of others */
 };
 
 static struct {
@@ -95,11 +96,25 @@ int agent_join(const struct place *place)
         return bell;
 }
 
+void agent_serve(const struct place *place, uint32_t number)
+{
+        uint32_t side = atomic_load_explicit(&place->side, memory_order_relaxed);
+        uint32_t slot = atomic_load_explicit(&place->slot, memory_order_relaxed);
+        struct watched *watched;
+
+        mutex_take(&agent.mutex);
+        watched = find(atomic_load_explicit(&place->arena, memory_order_relaxed));
+        if (watched)
+                watched->numbers[side % SIDES][slot % SLOTS] = number;
+        mutex_release(&agent.mutex);
+}
+
 void agent_leave(const struct place *place)
 {
         const struct freeflow_services *here = client_services();
         struct watched *watched;
 
+        agent_serve(place, 0);
         mutex_take(&agent.mutex);
         watched = find(atomic_load_explicit(&place->arena, memory_order_relaxed));
         if (watched && !--watched->users) {
@@ -113,97 +128,180 @@ void agent_leave(const struct place *place)
 /* --- a turn */
 
 struct turn {
-        bool arm;
+        bool all;     /* queue pairs, or only those whose bells have rung */
+        bool arm;     /* no program polls */
         bool did;     /* something was executed */
         bool waits;   /* requests are open */
         bool no_bell; /* some queue pair can't be armed */
         bool unasked; /* the router does not know of some */
 };
 
+/* Slots of an arena in which something has happened. */
+struct rung {
+        uint32_t arena;
+        uint64_t slots;
+};
+
+/* What the thread waits for: the bells of arenas, and others behind them. */
+static struct pollfd sources[MOST_ARENAS + OTHER_SOURCES];
+static struct rung rings[MOST_ARENAS];
+static uint32_t bells;
+
 static void go_on(void *owner, void *argument)
 {
         struct queue_pair *queue = owner;
         struct turn *turn = argument;
 
-        if (turn->arm && queue_paired(queue) == QUEUE_PAIRED && !progress_arm(queue))
+        if ((turn->arm || !turn->all) && queue_paired(queue) == QUEUE_PAIRED && !progress_arm(queue))
                 turn->no_bell = true;
-        turn->unasked |= !queue_pairer->ask_again(queue);
+        if (turn->all)
+                turn->unasked |= !queue_pairer->ask_again(queue);
         turn->did |= progress_make(queue, NULL, true);
         turn->waits |=
             atomic_load_explicit(&queue->open, memory_order_relaxed) || queue_paired(queue) == QUEUE_ASKED;
 }
 
-/* What to wait for, and for how long at most; -1: without end. */
-static uint32_t list_sources(const struct freeflow_services *here, struct pollfd *sources, int *patience)
+/* True: there is a slot whose owner is not known. */
+static bool owners_of(const struct rung *rung, uint32_t numbers[SIDES * SLOTS], uint32_t *count)
 {
-        uint32_t count = 0;
+        const struct watched *watched;
+        bool unknown = true;
 
+        *count = 0;
+        mutex_take(&agent.mutex);
+        watched = find(rung->arena);
+        if (watched) {
+                unknown = false;
+                for (uint64_t slots = rung->slots; slots; slots &= slots - 1) {
+                        int slot = __builtin_ctzll(slots);
+                        uint32_t before = *count;
+
+                        for (int side = 0; side < SIDES; side++)
+                                if (watched->numbers[side][slot])
+                                        numbers[(*count)++] = watched->numbers[side][slot];
+                        unknown |= *count == before;
+                }
+        }
+        mutex_release(&agent.mutex);
+        return unknown;
+}
+
+/* Those whose bells have rung. */
+static void go_on_some(struct turn *turn)
+{
+        uint32_t numbers[SIDES * SLOTS], count;
+
+        for (uint32_t i = 0; i < bells; i++) {
+                if (!rings[i].slots)
+                        continue;
+                owners_of(&rings[i], numbers, &count);
+                for (uint32_t j = 0; j < count; j++)
+                        number_use(numbers[j], go_on, turn);
+        }
+}
+
+static void add_source(int fd)
+{
+        sources[bells++] = (struct pollfd){.fd = fd, .events = POLLIN};
+}
+
+/* List the bells. Returns for how long it may wait at most, in ms, for want of one; -1: without
+ * end. */
+static int list_bells(const struct freeflow_services *here)
+{
+        int patience = -1;
+
+        bells = 0;
         mutex_take(&agent.mutex);
         for (uint32_t i = 0; i < agent.count; i++) {
                 struct watched *watched = &agent.arenas[i];
                 int most = 0;
 
+                if (watched->bell >= 0 && here->bell_descriptor(watched->arena, watched->bell) < 0)
+                        watched->bell = -1;
                 if (watched->bell < 0 && (watched->bell = here->bell_take(watched->arena)) >= 0)
                         most = WHILE_POLLED; /* the next turn arms with it */
                 else if (watched->bell < 0)
                         most = WITHOUT_BELL;
                 else if (!here->bell_is_known(watched->arena, watched->bell))
                         most = UNKNOWN_BELL;
-                if (most && (*patience < 0 || *patience > most))
-                        *patience = most;
-                sources[count++] = (struct pollfd){
-                    .fd = watched->bell < 0 ? -1 : here->bell_descriptor(watched->arena, watched->bell),
-                    .events = POLLIN};
+                if (most && (patience < 0 || patience > most))
+                        patience = most;
+                rings[bells] = (struct rung){.arena = watched->arena};
+                add_source(watched->bell < 0 ? -1 : here->bell_descriptor(watched->arena, watched->bell));
         }
-        sources[count++] = (struct pollfd){.fd = agent.wake - 1, .events = POLLIN};
         mutex_release(&agent.mutex);
-        sources[count++] = (struct pollfd){.fd = here->router_descriptor(), .events = POLLIN};
-        sources[count++] = (struct pollfd){.fd = client_descriptor(), .events = POLLIN};
-        return count;
+        return patience;
 }
 
-/* Take what rings. */
-static void drain(const struct freeflow_services *here)
+/* Take what rings. True: it is not known for whom. */
+static bool drain(const struct freeflow_services *here)
 {
-        uint64_t count;
+        uint32_t numbers[SIDES * SLOTS], count;
+        struct watched *watched;
+        bool unknown = false;
 
-        mutex_take(&agent.mutex);
-        for (uint32_t i = 0; i < agent.count; i++) {
-                struct watched *watched = &agent.arenas[i];
-
-                if (watched->bell < 0)
+        for (uint32_t i = 0; i < bells; i++) {
+                if (!sources[i].revents)
                         continue;
-                if (here->bell_descriptor(watched->arena, watched->bell) < 0 ||
-                    !here->bell_drain(watched->arena, watched->bell))
-                        watched->bell = -1;
-                else
-                        here->bell_slots(watched->arena, watched->bell);
+                mutex_take(&agent.mutex);
+                watched = find(rings[i].arena);
+                if (watched && watched->bell >= 0) {
+                        if (!here->bell_drain(watched->arena, watched->bell))
+                                watched->bell = -1;
+                        else
+                                rings[i].slots = here->bell_slots(watched->arena, watched->bell);
+                }
+                unknown |= !watched || watched->bell < 0;
+                mutex_release(&agent.mutex);
+                unknown |= owners_of(&rings[i], numbers, &count);
         }
-        sys_3(SYS_read, agent.wake - 1, &count, sizeof count);
-        mutex_release(&agent.mutex);
+        return unknown;
 }
 
 /* Each queue pair has the bell of its arena. */
 static void share_bells(void)
 {
-        static struct watched known[MOST_ARENAS];
-        uint32_t count;
+        for (uint32_t i = 0; i < bells; i++) {
+                struct watched known = {.arena = rings[i].arena, .bell = -1};
+                const struct watched *watched;
 
-        mutex_take(&agent.mutex);
-        count = agent.count;
-        memcpy(known, agent.arenas, count * sizeof *known);
-        mutex_release(&agent.mutex);
-        for (uint32_t i = 0; i < count; i++)
-                numbers_each(set_bell, &known[i]);
+                mutex_take(&agent.mutex);
+                watched = find(known.arena);
+                if (watched)
+                        known.bell = watched->bell;
+                mutex_release(&agent.mutex);
+                numbers_each(set_bell, &known);
+        }
 }
 
-static void sleep_until_rung(const struct freeflow_services *here, int patience)
+static int shorter(int one, int other)
 {
-        static struct pollfd sources[MOST_ARENAS + OTHER_SOURCES];
-        uint32_t count = list_sources(here, sources, &patience);
-        struct timespec most = {.tv_sec = patience / 1000, .tv_nsec = patience % 1000 * 1000000L};
+        return other < 0 || (one >= 0 && one < other) ? one : other;
+}
 
-        sys_5(SYS_ppoll, sources, count, patience < 0 ? NULL : &most, 0, 0);
+/* Wait for so long at most. True: all queue pairs are to go on, as something else than a bell has
+ * woken it, or nothing. */
+static bool sleep_until_rung(const struct freeflow_services *here, int patience)
+{
+        struct timespec most;
+        uint64_t taken;
+        bool woken = false;
+        int found;
+
+        patience = shorter(patience, list_bells(here));
+        most = (struct timespec){.tv_sec = patience / 1000, .tv_nsec = patience % 1000 * 1000000L};
+        sources[bells] = (struct pollfd){.fd = agent.wake - 1, .events = POLLIN};
+        sources[bells + 1] = (struct pollfd){.fd = here->router_descriptor(), .events = POLLIN};
+        sources[bells + 2] = (struct pollfd){.fd = client_descriptor(), .events = POLLIN};
+        found = (int)sys_5(SYS_ppoll, sources, bells + OTHER_SOURCES, patience < 0 ? NULL : &most, 0, 0);
+        if (found <= 0)
+                return true;
+        for (int i = 0; i < OTHER_SOURCES; i++)
+                woken |= sources[bells + (uint32_t)i].revents != 0;
+        if (sources[bells].revents & POLLIN)
+                sys_3(SYS_read, agent.wake - 1, &taken, sizeof taken);
+        return drain(here) || woken;
 }
 
 /* Its eventfd; a program that closes descriptors that it does not know may have closed it. */
@@ -227,33 +325,64 @@ static int patience_of(const struct turn *turn)
         return turn->unasked ? WITHOUT_ROUTER : -1;
 }
 
+/* When the next turn for all queue pairs is due. */
+static struct {
+        int64_t last; /* ms */
+        int patience; /* ms from then on; -1: whenever something happens */
+} due;
+
+static int64_t milliseconds(void)
+{
+        struct timespec now;
+
+        sys_2(SYS_clock_gettime, CLOCK_MONOTONIC, &now);
+        return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
+}
+
+/* All queue pairs go on, which takes the longer the more there are. */
+static void go_on_all(struct turn *turn, uint32_t *polls)
+{
+        uint32_t now = progress_polls();
+
+        turn->arm = now - *polls < FEW;
+        *polls = now;
+        turn->waits = turn->no_bell = false;
+        if (turn->unasked)
+                client_open(0);
+        turn->unasked = false;
+        client_receive();
+        numbers_each(go_on, turn);
+        if (turn->no_bell)
+                share_bells();
+}
+
 static void *run(void *unused)
 {
-        uint32_t before = 0;
-        bool unasked = false;
+        struct turn turn = {.all = true};
+        uint32_t polls = 0;
 
         (void)unused;
         sys_2(SYS_prctl, PR_SET_NAME, "freeflow-verbs");
         while (!atomic_load(&agent.stopping)) {
                 const struct freeflow_services *here = client_services();
-                uint32_t polls = progress_polls();
-                struct turn turn = {.arm = polls - before < FEW};
+                int64_t left = 0;
 
                 if (!here)
                         break;
-                before = polls;
                 check_wake(here);
-                if (unasked)
-                        client_open(0);
-                client_receive();
-                numbers_each(go_on, &turn);
-                unasked = turn.unasked;
-                if (turn.did && turn.arm)
+                turn.did = false;
+                if (turn.all)
+                        go_on_all(&turn, &polls);
+                else
+                        go_on_some(&turn);
+                if (turn.all)
+                        due.last = milliseconds();
+                due.patience = patience_of(&turn);
+                if (turn.did && (turn.arm || !turn.all))
                         continue;
-                sleep_until_rung(here, patience_of(&turn));
-                drain(here);
-                if (turn.no_bell)
-                        share_bells();
+                if (due.patience >= 0)
+                        left = due.last + due.patience - milliseconds();
+                turn.all = left < 0 || sleep_until_rung(here, due.patience < 0 ? -1 : (int)left);
         }
         atomic_store(&agent.ended, true);
         return NULL;

@@ -1,9 +1,9 @@
 /* The thread that makes queue pairs go on while the program sleeps, or does something else.
  *
  * There is one in a process that has queue pairs. It sleeps until a bell rings: one for each arena
- * that has queue pairs of this process. Whoever polls in a loop makes them go on, and rings nobody
- * for nothing: as long as a program polls, the thread waits on no ring, and only looks once in a
- * while.
+ * that has queue pairs of this process. The bell says which of them. Whoever polls in a loop makes
+ * them go on, and rings nobody for nothing: as long as a program polls, the thread waits on no
+ * ring, and only looks once in a while.
  *
  * A program that is about to sleep arms a completion queue first. By that it puts the thread's bell
  * to the rings of that queue's queue pairs: progress_arm(). So the thread need not be woken for
@@ -19,6 +19,9 @@ bool agent_start(void);
 /* A queue pair is about to have this place. Returns the bell of its arena, or -1: there is none
  * yet. */
 int agent_join(const struct place *place);
+/* The bell's rings for this place are for the queue pair with this number; until this is called, or
+ * with 0, all queue pairs go on when it rings. */
+void agent_serve(const struct place *place, uint32_t number);
 /* It is about to give it back. */
 void agent_leave(const struct place *place);
 /* In a child of fork(): there is no thread. */

@@ -93,6 +93,7 @@ static void granted(void *owner, void *argument)
         }
         bell = agent_join(&message->place);
         atomic_store_explicit(&queue->bell, bell, memory_order_relaxed);
+        agent_serve(&message->place, queue->plain.qp_base.qp_num);
         if (queue_pair_up(queue, here->sends(&message->place), here->receives(&message->place),
                           &message->place))
                 /* It is the queue pair's now. */
