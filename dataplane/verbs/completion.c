@@ -83,10 +83,10 @@ enum completion_outcome completions_put(struct completions *queue, const struct 
                 if (!is_awaited(queue, completion, solicited)) {
                         outcome = COMPLETION_QUIET;
                 } else if (polling) {
-                        queue->due = true;
+                        atomic_store_explicit(&queue->due, true, memory_order_relaxed);
                 } else {
                         queue->armed = DISARMED;
-                        queue->due = false;
+                        atomic_store_explicit(&queue->due, false, memory_order_relaxed);
                         outcome = COMPLETION_EVENT;
                 }
         }
@@ -128,9 +128,12 @@ enum completion_outcome completions_settle(struct completions *queue)
 {
         bool event;
 
+        /* What this thread has put in it sees; others settle for themselves. */
+        if (!atomic_load_explicit(&queue->due, memory_order_relaxed))
+                return COMPLETION_QUIET;
         mutex_take(&queue->mutex);
-        event = queue->due && count(queue);
-        queue->due = false;
+        event = atomic_load_explicit(&queue->due, memory_order_relaxed) && count(queue);
+        atomic_store_explicit(&queue->due, false, memory_order_relaxed);
         if (event)
                 queue->armed = DISARMED;
         mutex_release(&queue->mutex);

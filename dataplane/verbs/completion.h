@@ -25,10 +25,10 @@ struct completions {
         _Atomic uint32_t tail, head;
         struct ibv_wc *entries;
         uint32_t mask;
-        uint32_t limit; /* completions at one time */
-        uint32_t armed; /* enum arming */
-        bool due;       /* while somebody polls: an event, unless the queue gets empty */
-        bool overrun;   /* it was full: no more are accepted */
+        uint32_t limit;   /* completions at one time */
+        uint32_t armed;   /* enum arming */
+        _Atomic bool due; /* while somebody polls: an event, unless the queue gets empty */
+        bool overrun;     /* it was full: no more are accepted */
 };
 
 enum completion_outcome {

@@ -282,7 +282,6 @@ static enum step take_next(struct queue_pair *queue, const struct cq *polled)
 
 bool executor_run(struct queue_pair *queue, const struct cq *polled)
 {
-        struct ring *ring = queue->receiver.view.ring;
         uint64_t from;
         enum step step = STEP_DONE;
 
@@ -306,8 +305,5 @@ bool executor_run(struct queue_pair *queue, const struct cq *polled)
         else
                 queue_publish(queue);
         mutex_release(&queue->sending);
-        if (queue->receiver.head == from)
-                return false;
-        queue_pairer->ring(queue, &ring->senders);
-        return true;
+        return queue->receiver.head != from;
 }

@@ -12,8 +12,8 @@
 
 #include "requester.h"
 
-/* Execute what has come, but not for long.Called under `receiving`, and without
- * `sending`. True: something was executed. */
+/* Execute what has come, but not for long. Called under `receiving`, and without `sending`. True:
+ * something was executed, and the caller wakes who waits for room in that ring. */
 bool executor_run(struct queue_pair *queue, const struct cq *polled);
 
 #endif

@@ -151,10 +151,14 @@ static void leave(struct queue_pair *queue)
 
 static void ring(struct queue_pair *queue, struct waiters *waiters)
 {
-        const struct freeflow_services *here = client_services();
+        const struct freeflow_services *here;
 
+        /* Services are a system call away. */
+        if (!waiters_sleep(waiters))
+                return;
+        here = client_services();
         if (here)
-                services_wake(here, waiters, &queue->place);
+                here->ring(waiters, &queue->place);
 }
 
 static void forked(void)

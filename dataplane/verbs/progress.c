@@ -72,6 +72,8 @@ bool progress_make(struct queue_pair *queue, const struct cq *polled, bool wait)
         if (in && has_come(queue, in) && take(&queue->receiving, wait)) {
                 did = executor_run(queue, polled);
                 mutex_release(&queue->receiving);
+                if (did)
+                        queue_pairer->ring(queue, &in->senders);
         }
         if ((atomic_load_explicit(&queue->open, memory_order_relaxed) ||
              atomic_load_explicit(&queue->owes, memory_order_relaxed)) &&
