@@ -67,6 +67,7 @@ void post_finish(struct queue_pair *queue)
                 requester_push(queue);
         waits = queue->sends.next != queue->sends.tail;
         mutex_release(&queue->sending);
+        progress_note_post(queue);
         /* What it waits for may have come already. */
         if (atomic_load_explicit(&queue->looped, memory_order_relaxed))
                 progress_loop(queue);

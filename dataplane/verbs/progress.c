@@ -10,6 +10,8 @@ enum {
         COLD_LOOKS = 16,
         HOT_MOST = 32,
         HOT_LOOKS = 1000,
+        CORE_EVERY = 256, /* polls in vain */
+        YIELDS = 16,
 };
 
 /* The queue pairs of a completion queue. Whoever walks along them holds the mutex, and takes those
@@ -25,8 +27,11 @@ struct drive {
         struct queue_member *hot;
         struct queue_member *next; /* the one to look at next; NULL: the first one */
         uint32_t count, count_hot;
+        struct queue_member *_Atomic posted; /* a cold one to which something was posted */
         uint32_t polls;
-        bool waits; /* some have asked for the other side */
+        uint32_t vain;    /* polls that have found nothing, in a row */
+        bool shares_core; /* with a thread that polls at the other side */
+        bool waits;       /* some have asked for the other side */
 };
 
 static _Atomic uint32_t polls;
@@ -52,8 +57,10 @@ static bool may_go_on(const struct queue_pair *queue)
 /* The relay, or the router, has given up the slot. */
 static void check_broken(struct queue_pair *queue, const struct ring *in)
 {
-        if (view_remote(&queue->sender.view) && atomic_load_explicit(&in->broken, memory_order_acquire))
-                atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
+        if (!view_remote(&queue->sender.view) || !atomic_load_explicit(&in->broken, memory_order_acquire))
+                return;
+        atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
+        queue->died = true;
 }
 
 static bool take(struct mutex *mutex, bool wait)
@@ -140,16 +147,26 @@ static bool look_at(struct drive *drive, struct queue_pair *queue, const struct 
                                     open != atomic_load_explicit(&queue->open, memory_order_relaxed));
 }
 
+static uint32_t looks_of(const struct queue_member *member)
+{
+        return atomic_load_explicit(&member->looks, memory_order_relaxed);
+}
+
+static void set_looks(struct queue_member *member, uint32_t looks)
+{
+        atomic_store_explicit(&member->looks, looks, memory_order_relaxed);
+}
+
 static void look_at_hot_ones(struct drive *drive, const struct cq *cq)
 {
         struct queue_member **at = &drive->hot, *member;
 
         while ((member = *at)) {
                 if (look_at(drive, member->queue, cq))
-                        member->looks = HOT_LOOKS;
+                        set_looks(member, HOT_LOOKS);
                 else
-                        member->looks--;
-                if (member->looks) {
+                        set_looks(member, looks_of(member) - 1);
+                if (looks_of(member)) {
                         at = &member->next_hot;
                 } else {
                         *at = member->next_hot;
@@ -158,19 +175,40 @@ static void look_at_hot_ones(struct drive *drive, const struct cq *cq)
         }
 }
 
+static void heat(struct drive *drive, struct queue_member *member)
+{
+        if (looks_of(member) || drive->count_hot == HOT_MOST)
+                return;
+        set_looks(member, HOT_LOOKS);
+        member->next_hot = drive->hot;
+        drive->hot = member;
+        drive->count_hot++;
+}
+
 static void look_at_cold_ones(struct drive *drive, const struct cq *cq)
 {
         for (uint32_t i = 0; i < COLD_LOOKS && i < drive->count; i++) {
                 struct queue_member *member = drive->next ? drive->next : drive->first;
 
                 drive->next = member->next;
-                if (member->looks || !look_at(drive, member->queue, cq) || drive->count_hot == HOT_MOST)
-                        continue;
-                member->looks = HOT_LOOKS;
-                member->next_hot = drive->hot;
-                drive->hot = member;
-                drive->count_hot++;
+                if (!looks_of(member) && look_at(drive, member->queue, cq))
+                        heat(drive, member);
         }
+}
+
+void progress_note_post(struct queue_pair *queue)
+{
+        struct queue_member *member = &queue->members[queue->send_cq != queue->receive_cq];
+        struct drive *drive = queue->send_cq->driven;
+
+        if (!looks_of(member))
+                atomic_store_explicit(&drive->posted, member, memory_order_release);
+}
+
+static void take_posted(struct drive *drive)
+{
+        if (atomic_load_explicit(&drive->posted, memory_order_relaxed))
+                heat(drive, atomic_exchange_explicit(&drive->posted, NULL, memory_order_acquire));
 }
 
 /* Nobody else may be listening to the router. */
@@ -181,19 +219,60 @@ static void listen_to_router(struct drive *drive)
         drive->waits = false;
 }
 
+/* Does a thread at the other side poll on this core? Each side says in the ring that comes in on
+ * which one it polls. */
+static bool meets(struct queue_pair *queue, uint32_t core)
+{
+        struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);
+        struct ring *out = atomic_load_explicit(&queue->out, memory_order_acquire);
+
+        if (!in || !out || in == out)
+                return false;
+        if (atomic_load_explicit(&in->receiver_cpu, memory_order_relaxed) != core)
+                atomic_store_explicit(&in->receiver_cpu, core, memory_order_relaxed);
+        return atomic_load_explicit(&out->receiver_cpu, memory_order_relaxed) == core;
+}
+
+/* Two threads that poll on one core would each use up its time while the other has something to do.
+ * True: that is so, as far as is known. */
+static bool has_to_give_way(struct drive *drive)
+{
+        uint32_t core = 0, most = COLD_LOOKS;
+
+        if (++drive->vain % (drive->shares_core ? YIELDS : CORE_EVERY) == 0) {
+                drive->shares_core = false;
+                if (sys_3(SYS_getcpu, &core, NULL, NULL))
+                        return false;
+                for (struct queue_member *at = drive->hot; at; at = at->next_hot)
+                        drive->shares_core |= meets(at->queue, core + 1);
+                for (struct queue_member *at = drive->hot ? NULL : drive->first; at && most--; at = at->next)
+                        drive->shares_core |= meets(at->queue, core + 1);
+        }
+        return drive->shares_core;
+}
+
 static bool progress_poll(struct cq *cq)
 {
         struct drive *drive = cq->driven;
+        bool found, yields = false;
 
         if (opened_is_lost(cq->plain.context) || !mutex_try(&drive->mutex))
                 return false;
         /* Not exact: no word is written by two threads without losing some. */
         atomic_store_explicit(&polls, progress_polls() + 1, memory_order_relaxed);
+        take_posted(drive);
         look_at_hot_ones(drive, cq);
         look_at_cold_ones(drive, cq);
         listen_to_router(drive);
+        found = completions_are_there(&cq->completions);
+        if (found)
+                drive->vain = 0;
+        else
+                yields = has_to_give_way(drive);
         mutex_release(&drive->mutex);
-        return completions_are_there(&cq->completions);
+        if (yields)
+                sys_0(SYS_sched_yield);
+        return found;
 }
 
 static void arm(struct cq *cq)
@@ -248,6 +327,8 @@ static void leave(struct cq *cq, struct queue_member *member, bool lost)
                 drive->count--;
                 if (drive->next == member)
                         drive->next = member->next;
+                if (atomic_load_explicit(&drive->posted, memory_order_relaxed) == member)
+                        atomic_store_explicit(&drive->posted, NULL, memory_order_relaxed);
                 while (*hot && *hot != member)
                         hot = &(*hot)->next_hot;
                 if (*hot) {

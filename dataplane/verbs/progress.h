@@ -16,6 +16,8 @@ bool progress_make(struct queue_pair *queue, const struct cq *polled, bool wait)
 bool progress_arm(struct queue_pair *queue);
 /* All that a queue pair that is connected with itself can do now. Called after each post. */
 void progress_loop(struct queue_pair *queue);
+/* A request was posted: its completion queue is to look at it soon. */
+void progress_note_post(struct queue_pair *queue);
 /* How often programs have polled in vain, about. */
 uint32_t progress_polls(void);
 

@@ -224,8 +224,7 @@ void queue_lose(struct queue_pair *queue)
         mutex_take(&queue->sending);
         if (queue_paired(queue) == QUEUE_ASKED || queue_paired(queue) == QUEUE_PAIRED) {
                 atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
-                if (atomic_load_explicit(&queue->open, memory_order_relaxed))
-                        queue_tell(queue, QUEUE_FATAL);
+                queue->died = true;
         }
         mutex_release(&queue->sending);
         mutex_release(&queue->receiving);
@@ -266,7 +265,7 @@ static void forget(struct queue_pair *queue)
         memset(&queue->sender, 0, sizeof queue->sender);
         memset(&queue->receiver, 0, sizeof queue->receiver);
         queue->ready = queue->credit_due = queue->close_due = queue->busy = queue->swapped = false;
-        queue->draining = false;
+        queue->draining = queue->died = false;
         queue->credit = queue->spent = queue->time = queue->executed = queue->asking = 0;
         queue->refusal = queue->done = queue->done_told = queue->credit_told = 0;
         queue->asked = queue->since = 0;

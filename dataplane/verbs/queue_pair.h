@@ -41,7 +41,7 @@ struct queue_member {
         struct queue_member *next;
         struct queue_pair *queue;
         struct queue_member *next_hot;
-        uint32_t looks; /* in vain, until it is cold; 0: it is */
+        _Atomic uint32_t looks; /* in vain, until it is cold; 0: it is */
 };
 
 struct queue_pair {
@@ -77,6 +77,7 @@ struct queue_pair {
         struct send_queue sends;
         struct record_sender sender;
         bool ready;        /* the other side is there */
+        bool died;         /* it has gone without CLOSE */
         uint32_t credit;   /* receives that the other side has posted, since the beginning */
         uint32_t spent;    /* of them, by this side's requests */
         uint32_t time;     /* of CREDIT: how long to wait for more, a code */
@@ -147,7 +148,8 @@ static inline bool queue_executes(const struct queue_pair *queue)
 /* The router has paired it: the ring that goes out, the one that comes in, and where both are.
  * False: it does not wait for that any more. */
 bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, const struct place *place);
-/* The other side is gone, as the router says. The program has an event if requests are open. */
+/* The other side is gone, as the router says. With the first request that fails for this the
+ * program has an event. */
 void queue_lose(struct queue_pair *queue);
 /* Become ERR if it has failed. `polled`: the completion queue that the caller polls, or NULL. */
 void queue_settle(struct queue_pair *queue, const struct cq *polled);

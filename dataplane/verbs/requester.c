@@ -221,6 +221,14 @@ static bool is_done(struct queue_pair *queue, const struct send_work *work)
         return send_is_local(work) || is_executed(queue, work);
 }
 
+/* The oldest request has lost the other side. */
+static void fail_lost(struct queue_pair *queue, const struct cq *polled)
+{
+        queue_complete_send(queue, IBV_WC_RETRY_EXC_ERR, polled);
+        if (queue->died)
+                queue_tell(queue, QUEUE_FATAL);
+}
+
 void requester_complete(struct queue_pair *queue, const struct cq *polled)
 {
         struct send_queue *sends = &queue->sends;
@@ -241,7 +249,7 @@ void requester_complete(struct queue_pair *queue, const struct cq *polled)
         if (send_at(sends, sends->head)->status)
                 queue_complete_send(queue, (enum ibv_wc_status)send_at(sends, sends->head)->status, polled);
         else if (queue_paired(queue) == QUEUE_LOST)
-                queue_complete_send(queue, IBV_WC_RETRY_EXC_ERR, polled);
+                fail_lost(queue, polled);
 }
 
 /* --- answers */

@@ -128,6 +128,7 @@ def test_killed_while_idle(partners: Partners) -> None:
     assert other.ask("write 3") == f"3 {SUCCESS}"
     killed.kill()
     assert other.ask("write 1") == f"0 {LOST}"
+    assert other.ask("event") == FATAL
 
 
 def test_another_router(partners: Partners) -> None:
@@ -144,7 +145,6 @@ def test_another_router(partners: Partners) -> None:
     assert first.ask("write 100") == f"100 {SUCCESS}"
     time.sleep(patience(2))  # for the queue pairs to be told of
     first.tell("send 1")
-    time.sleep(0.2)  # for the request to be open
     second.kill()
     assert first.hear() == f"0 {LOST}"
     assert first.ask("event") == FATAL
@@ -187,6 +187,7 @@ def test_confined(partners: Partners) -> None:
     assert second.ask("write 10") == f"10 {SUCCESS}"
     assert first.ask("confine") == "confined"
     assert second.ask("send 1") == f"0 {LOST}"
+    assert second.ask("event") == FATAL
 
 
 def test_itself(partners: Partners) -> None:
