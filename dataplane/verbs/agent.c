@@ -23,6 +23,11 @@ enum {
         WITHOUT_BELL = 16,
         UNKNOWN_BELL = 1000,
         WITHOUT_ROUTER = 1000,
+        SPIN = 50000,        /* ns since something was found */
+        SPIN_MOST = 1000000, /* ns: others wait */
+        SPIN_ONCE = 8,       /* looks between two at the clock */
+        SPIN_REST = 8,       /* sleeps without a spin after one in vain, doubled each time up to */
+        SPIN_REST_MOST = 256,
 };
 
 /* An arena with queue pairs. */
@@ -130,6 +135,8 @@ void agent_leave(const struct place *place)
 struct turn {
         bool all;     /* queue pairs, or only those whose bells have rung */
         bool arm;     /* no program polls */
+        bool unarmed; /* one did when some queue pairs went on: not all are armed */
+        bool spins;   /* and looks by itself */
         bool did;     /* something was executed */
         bool waits;   /* requests are open */
         bool no_bell; /* some queue pair can't be armed */
@@ -152,7 +159,9 @@ static void go_on(void *owner, void *argument)
         struct queue_pair *queue = owner;
         struct turn *turn = argument;
 
-        if ((turn->arm || !turn->all) && queue_paired(queue) == QUEUE_PAIRED && !progress_arm(queue))
+        if (turn->spins)
+                progress_disarm(queue);
+        else if (turn->arm && queue_paired(queue) == QUEUE_PAIRED && !progress_arm(queue))
                 turn->no_bell = true;
         if (turn->all)
                 turn->unasked |= !queue_pairer->ask_again(queue);
@@ -316,7 +325,7 @@ static void check_wake(const struct freeflow_services *here)
 
 static int patience_of(const struct turn *turn)
 {
-        if (!turn->arm)
+        if (turn->unarmed)
                 return WHILE_POLLED;
         if (turn->waits)
                 return WITH_TIMES;
@@ -331,21 +340,79 @@ static struct {
         int patience; /* ms from then on; -1: whenever something happens */
 } due;
 
-static int64_t milliseconds(void)
+static int64_t nanoseconds(void)
 {
         struct timespec now;
 
         sys_2(SYS_clock_gettime, CLOCK_MONOTONIC, &now);
-        return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
+        return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+static int64_t milliseconds(void)
+{
+        return nanoseconds() / 1000000;
+}
+
+/* --- spinning */
+
+static struct {
+        uint32_t rest; /* after the next spin in vain */
+        uint32_t left; /* sleeps without one */
+} spinning;
+
+/* True: something was executed. */
+static bool look(struct turn *turn)
+{
+        turn->did = false;
+        go_on_some(turn);
+        return turn->did;
+}
+
+static void learn(bool found)
+{
+        if (found)
+                spinning.rest = 0;
+        else if (spinning.rest < SPIN_REST_MOST)
+                spinning.rest = spinning.rest ? spinning.rest * 2 : SPIN_REST;
+        spinning.left = spinning.rest;
+}
+
+/* Look for more of those whose bells have rung. They are not armed afterwards. */
+static void spin(struct turn *turn)
+{
+        int64_t begin = nanoseconds(), now = begin, last = begin;
+        bool found = false;
+
+        do {
+                for (int i = 0; i < SPIN_ONCE; i++) {
+                        relax();
+                        if (!look(turn))
+                                continue;
+                        found = true;
+                        last = now;
+                }
+                now = nanoseconds();
+        } while (now - last < SPIN && now - begin < SPIN_MOST);
+        learn(found);
+}
+
+/* Those whose bells have rung go on. */
+static void serve(struct turn *turn)
+{
+        turn->spins = turn->arm && !spinning.left;
+        if (turn->spins) {
+                look(turn);
+                spin(turn);
+                turn->spins = false;
+        } else if (turn->arm) {
+                spinning.left--;
+        }
+        look(turn);
 }
 
 /* All queue pairs go on, which takes the longer the more there are. */
-static void go_on_all(struct turn *turn, uint32_t *polls)
+static void go_on_all(struct turn *turn)
 {
-        uint32_t now = progress_polls();
-
-        turn->arm = now - *polls < FEW;
-        *polls = now;
         turn->waits = turn->no_bell = false;
         if (turn->unasked)
                 client_open(0);
@@ -359,7 +426,7 @@ static void go_on_all(struct turn *turn, uint32_t *polls)
 static void *run(void *unused)
 {
         struct turn turn = {.all = true};
-        uint32_t polls = 0;
+        uint32_t polls, before = 0;
 
         (void)unused;
         sys_2(SYS_prctl, PR_SET_NAME, "freeflow-verbs");
@@ -370,15 +437,19 @@ static void *run(void *unused)
                 if (!here)
                         break;
                 check_wake(here);
+                polls = progress_polls();
+                turn.arm = polls - before < FEW;
+                before = polls;
                 turn.did = false;
                 if (turn.all)
-                        go_on_all(&turn, &polls);
+                        go_on_all(&turn);
                 else
-                        go_on_some(&turn);
+                        serve(&turn);
+                turn.unarmed = !turn.arm || (turn.unarmed && !turn.all);
                 if (turn.all)
                         due.last = milliseconds();
                 due.patience = patience_of(&turn);
-                if (turn.did && (turn.arm || !turn.all))
+                if (turn.did && turn.arm)
                         continue;
                 if (due.patience >= 0)
                         left = due.last + due.patience - milliseconds();

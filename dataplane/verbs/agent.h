@@ -5,6 +5,9 @@
  * them go on, and rings nobody for nothing: as long as a program polls, the thread waits on no
  * ring, and only looks once in a while.
  *
+ * After it has executed something it spins for a moment, if that has paid lately, since more may
+ * come.
+ *
  * A program that is about to sleep arms a completion queue first. By that it puts the thread's bell
  * to the rings of that queue's queue pairs: progress_arm(). So the thread need not be woken for
  * that.

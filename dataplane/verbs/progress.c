@@ -127,6 +127,20 @@ bool progress_arm(struct queue_pair *queue)
         return true;
 }
 
+void progress_disarm(struct queue_pair *queue)
+{
+        struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);
+        struct ring *out = atomic_load_explicit(&queue->out, memory_order_acquire);
+        int bell = atomic_load_explicit(&queue->bell, memory_order_acquire);
+
+        if (!in || !out || bell < 0 || atomic_load_explicit(&queue->looped, memory_order_relaxed))
+                return;
+        if (wait_has_begun(&in->receivers, bell))
+                wait_end(&in->receivers, bell);
+        if (wait_has_begun(&out->senders, bell))
+                wait_end(&out->senders, bell);
+}
+
 uint32_t progress_polls(void)
 {
         return atomic_load_explicit(&polls, memory_order_relaxed);

@@ -14,6 +14,8 @@ bool progress_make(struct queue_pair *queue, const struct cq *polled, bool wait)
 /* Whoever waits for the queue pair's bell hears of what comes next; what has come already is for
  * the caller to look for afterwards. False: there is no such bell. */
 bool progress_arm(struct queue_pair *queue);
+/* The bell's waiter looks by itself for a while: nobody needs to ring. */
+void progress_disarm(struct queue_pair *queue);
 /* All that a queue pair that is connected with itself can do now. Called after each post. */
 void progress_loop(struct queue_pair *queue);
 /* A request was posted: its completion queue is to look at it soon. */
