@@ -2,6 +2,9 @@
  *
  *      make                 a queue pair: its number, and the address and the key of its memory
  *      connect N ADDRESS KEY    the last one with number N, whose memory is there
+ *      many COUNT           so many queue pairs: the first one's number, and so on as for make
+ *      join N ADDRESS KEY   all of them, with those of numbers N and so on
+ *      each poll|sleep      a write by each of them: how many have succeeded, and an error
  *      write COUNT          so many writes: how many have succeeded, and the first error
  *      sleep COUNT          the same, asleep until each is complete
  *      send COUNT           messages, for which the other side has no receive: the same
@@ -27,6 +30,7 @@ enum {
         OPEN = 16,
         WORDS = 2 * OPEN,
         LENGTH = 100000,
+        MANY = 1024,
         SECONDS = 30,
 };
 
@@ -35,7 +39,8 @@ static struct ibv_comp_channel *channel;
 static struct ibv_cq *cq;
 static struct ibv_pd *pd;
 static struct ibv_mr *region;
-static struct ibv_qp *last;
+static struct ibv_qp *last, *many[MANY];
+static int count_many;
 static union ibv_gid gid;
 static uint64_t peer_address;
 static uint32_t peer_key;
@@ -46,7 +51,7 @@ static void open_device(void)
 
         CHECK(list && list[0] && (context = ibv_open_device(list[0])));
         CHECK((pd = ibv_alloc_pd(context)) && (channel = ibv_create_comp_channel(context)));
-        CHECK((cq = ibv_create_cq(context, 4 * OPEN, NULL, channel, 0)));
+        CHECK((cq = ibv_create_cq(context, 4 * MANY, NULL, channel, 0)));
         CHECK(ibv_query_gid(context, 1, 0, &gid) == 0);
         CHECK((region = ibv_reg_mr(pd, calloc(2, LENGTH), 2 * LENGTH, ALL_ACCESS)));
 }
@@ -62,7 +67,21 @@ static void make(void)
                 open_device();
         wanted.send_cq = wanted.recv_cq = cq;
         CHECK((last = ibv_create_qp(pd, &wanted)));
-        printf("%u %llu %u\n", last->qp_num, (unsigned long long)(uintptr_t)region->addr, region->rkey);
+}
+
+static void say(uint32_t number)
+{
+        printf("%u %llu %u\n", number, (unsigned long long)(uintptr_t)region->addr, region->rkey);
+}
+
+static void make_many(int count)
+{
+        for (count_many = 0; count_many < count; count_many++) {
+                make();
+                many[count_many] = last;
+                CHECK(last->qp_num == many[0]->qp_num + (uint32_t)count_many);
+        }
+        say(many[0]->qp_num);
 }
 
 static void connect_last(uint32_t number)
@@ -111,6 +130,24 @@ static struct ibv_wc wait_for_one(bool asleep)
                 ibv_ack_cq_events(cq, 1);
         }
         return wc;
+}
+
+static void write_each(bool asleep)
+{
+        enum ibv_wc_status status = IBV_WC_SUCCESS;
+        int good = 0;
+
+        for (int i = 0; i < count_many; i++) {
+                last = many[i];
+                post(IBV_WR_RDMA_WRITE, 8);
+        }
+        for (int i = 0; i < count_many; i++) {
+                struct ibv_wc wc = wait_for_one(asleep);
+
+                good += wc.status == IBV_WC_SUCCESS;
+                status = wc.status == IBV_WC_SUCCESS ? status : wc.status;
+        }
+        printf("%d %s\n", good, ibv_wc_status_str(status));
 }
 
 static void do_some(enum ibv_wr_opcode opcode, int count, bool asleep)
@@ -194,6 +231,20 @@ static void obey(const char *word, const char *rest)
 
         if (strcmp(word, "make") == 0) {
                 make();
+                say(last->qp_num);
+        } else if (strcmp(word, "many") == 0) {
+                make_many(atoi(rest));
+        } else if (strcmp(word, "join") == 0) {
+                CHECK(sscanf(rest, "%u %llu %u", &number, &address, &key) == 3);
+                peer_address = address;
+                peer_key = key;
+                for (int i = 0; i < count_many; i++) {
+                        last = many[i];
+                        connect_last(number + (uint32_t)i);
+                }
+                puts("connected");
+        } else if (strcmp(word, "each") == 0) {
+                write_each(strcmp(rest, "sleep") == 0);
         } else if (strcmp(word, "connect") == 0) {
                 CHECK(sscanf(rest, "%u %llu %u", &number, &address, &key) == 3);
                 peer_address = address;

@@ -102,6 +102,12 @@ def partners(program: Path, library: Path, tmp_path: Path) -> Iterator[Partners]
                 partner.kill()
 
 
+def used(pid: int) -> int:
+    """The time that a process has used, in ticks of the kernel's clock."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return int(words[11]) + int(words[12])
+
+
 @pytest.mark.parametrize("how", ["poll", "sleep"])
 def test_killed_at_work(partners: Partners, how: str) -> None:
     """If a process is killed while both read, write and add, its peer's oldest request fails, the
@@ -188,6 +194,24 @@ def test_confined(partners: Partners) -> None:
     assert first.ask("confine") == "confined"
     assert second.ask("send 1") == f"0 {LOST}"
     assert second.ask("event") == FATAL
+
+
+def test_many(partners: Partners) -> None:
+    """A thousand queue pairs between two processes all work, whether the program polls or sleeps,
+    and each process sleeps when they have nothing to do.
+    """
+    said = [partner.ask("many 1000") for partner in partners.both]
+    for partner, of_peer in zip(partners.both, reversed(said), strict=True):
+        assert partner.ask(f"join {of_peer}") == "connected"
+    for how in ("poll", "sleep"):
+        for _ in range(3):
+            for partner in partners.both:
+                assert partner.ask(f"each {how}") == f"1000 {SUCCESS}"
+    time.sleep(patience(1))
+    before = [used(partner.process.pid) for partner in partners.both]
+    time.sleep(1)
+    after = [used(partner.process.pid) for partner in partners.both]
+    assert max(map(int.__sub__, after, before)) <= 2
 
 
 def test_itself(partners: Partners) -> None:
