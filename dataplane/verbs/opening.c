@@ -5,6 +5,7 @@
 #include "cq.h"
 #include "memory.h"
 #include "opened.h"
+#include "parent_domain.h"
 #include "post.h"
 #include "qp.h"
 
@@ -23,6 +24,9 @@ static void set_operations(struct verbs_context *extended)
             .create_cq_ex = cq_create_extended,
             .create_qp_ex = qp_create_extended,
             .query_device_ex = attributes_device,
+            .alloc_td = thread_domain_make,
+            .dealloc_td = thread_domain_end,
+            .alloc_parent_domain = parent_domain_make,
             .sz = sizeof *extended,
         };
         extended->context.ops = (struct ibv_context_ops){

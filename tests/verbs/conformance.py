@@ -29,7 +29,13 @@ MODULES: Final = (
     "test_qpex",
     "test_atomic",
     "test_relaxed_ordering",
+    "test_parent_domain",
+    "test_fork",
 )
+"""Those that are not here are about other things: test_flow and test_rss_traffic need raw packets,
+test_odp on-demand paging, test_tag_matching tag matching, test_shared_pd descriptors of a device's
+kernel driver, and those with mlx5, efa or cuda in their name such cards.
+"""
 _NO_DEVICE_MEMORY: Final = "there is no memory on the device: max_dm_size is 0"
 _NO_UD: Final = "there are no queue pairs of type UD yet"
 _NO_UC: Final = "there are no queue pairs of type UC yet"
@@ -37,6 +43,7 @@ _NO_XRC: Final = "XRC is not supported"
 _NO_RAW: Final = "there are no raw packets"
 _NO_TYPE_1: Final = "memory windows of type 1 are not supported"
 _HOW: Final = ("no_attr", "with_attr", "ex_no_attr", "ex_with_attr")
+_NO_ALLOCATORS: Final = "programs can't allocate the memory of queues, which is no device's"
 _NO_GPU: Final = "needs the memory of a graphics card"
 LEFT_OUT: Final = {
     "test_device.DMTest": _NO_DEVICE_MEMORY,
@@ -75,6 +82,16 @@ LEFT_OUT: Final = {
     "test_qpex.QpExTestCase.test_qp_ex_xrc_send_imm": _NO_XRC,
     "test_atomic.AtomicTest.test_xrc_atomic_cmp_and_swap": _NO_XRC,
     "test_atomic.AtomicTest.test_xrc_atomic_fetch_and_add": _NO_XRC,
+    **{
+        f"test_parent_domain.ParentDomainTrafficTest.test_{test}": _NO_ALLOCATORS
+        for test in (
+            "default_allocators_rc_traffic",
+            "huge_page_traffic",
+            "mem_align_rc_traffic",
+            "mem_align_srq_excq_rc_traffic",
+            "mem_align_ud_traffic",
+        )
+    },
     "test_relaxed_ordering.RoTestCase.test_ro_ud_traffic": _NO_UD,
     "test_relaxed_ordering.RoTestCase.test_ro_xrc_traffic": _NO_XRC,
 }
@@ -88,7 +105,9 @@ SOURCES: Final = ROOT / "usr/share/doc/rdma-core/tests"
 PYTHON: Final = Path("/usr/bin/python3")
 _ARGUMENTS: Final = """
 from args_parser import parser
-parser.args = dict(dev=None, pci_dev=None, port=1, gid=None, gpu=0, gtt=False, list_tests=False)
+parser.args = dict(
+    dev=None, pci_dev=None, port=1, gid=None, gpu=0, gtt=False, list_tests=False, verbosity=0
+)
 """
 """What their `__init__.py` becomes: theirs loads all modules, also those for certain cards."""
 

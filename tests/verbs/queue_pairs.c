@@ -982,6 +982,40 @@ static void check_loop(void)
         end_all();
 }
 
+/* Objects of a parent domain are those of its domain. */
+static void check_parent_domains(void)
+{
+        struct ibv_td_init_attr nothing = {0};
+        struct ibv_parent_domain_init_attr wanted = {0};
+        unsigned char byte[8];
+        struct ibv_pd *parent;
+        struct ibv_mr *mr;
+        struct ibv_td *td;
+        struct ibv_sge from, to;
+        struct ibv_send_wr wr = {.opcode = IBV_WR_RDMA_WRITE, .sg_list = &from, .num_sge = 1};
+
+        remote = false;
+        start();
+        CHECK((td = ibv_alloc_td(context, &nothing)));
+        wanted.td = td;
+        CHECK(!ibv_alloc_parent_domain(context, &wanted) && errno == EINVAL);
+        wanted.pd = ends[0].pd;
+        wanted.comp_mask = IBV_PARENT_DOMAIN_INIT_ATTR_ALLOCATORS;
+        CHECK(!ibv_alloc_parent_domain(context, &wanted) && errno == EOPNOTSUPP);
+        wanted.comp_mask = 0;
+        CHECK((parent = ibv_alloc_parent_domain(context, &wanted)) && parent != ends[0].pd);
+        CHECK((mr = ibv_reg_mr(parent, byte, sizeof byte, 0)) && ibv_dealloc_pd(parent) == EBUSY);
+        from = (struct ibv_sge){.addr = (uintptr_t)byte, .length = sizeof byte, .lkey = mr->lkey};
+        to = piece(1, 0, sizeof byte);
+        wr.wr.rdma.remote_addr = to.addr;
+        wr.wr.rdma.rkey = regions[1]->rkey;
+        wr.send_flags = IBV_SEND_SIGNALED;
+        memset(byte, 7, sizeof byte);
+        CHECK(post(0, wr) == 0 && sent(0).status == IBV_WC_SUCCESS && memory[1][7] == 7);
+        CHECK(ibv_dereg_mr(mr) == 0 && ibv_dealloc_pd(parent) == 0 && ibv_dealloc_td(td) == 0);
+        end_all();
+}
+
 int main(void)
 {
         static void (*const checks[])(void) = {
@@ -1007,6 +1041,7 @@ int main(void)
         check_attributes();
         check_alone();
         check_regions();
+        check_parent_domains();
         CHECK(ibv_close_device(context) == 0);
         return 0;
 }
