@@ -1,6 +1,7 @@
 #include "agent.h"
 
 #include "client.h"
+#include "monotonic.h"
 #include "numbers.h"
 #include "progress.h"
 
@@ -340,17 +341,9 @@ static struct {
         int patience; /* ms from then on; -1: whenever something happens */
 } due;
 
-static int64_t nanoseconds(void)
-{
-        struct timespec now;
-
-        sys_2(SYS_clock_gettime, CLOCK_MONOTONIC, &now);
-        return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
-
 static int64_t milliseconds(void)
 {
-        return nanoseconds() / 1000000;
+        return (int64_t)(monotonic() / 1000000);
 }
 
 /* --- spinning */
@@ -380,7 +373,7 @@ static void learn(bool found)
 /* Look for more of those whose bells have rung. They are not armed afterwards. */
 static void spin(struct turn *turn)
 {
-        int64_t begin = nanoseconds(), now = begin, last = begin;
+        uint64_t begin = monotonic(), now = begin, last = begin;
         bool found = false;
 
         do {
@@ -391,7 +384,7 @@ static void spin(struct turn *turn)
                         found = true;
                         last = now;
                 }
-                now = nanoseconds();
+                now = monotonic();
         } while (now - last < SPIN && now - begin < SPIN_MOST);
         learn(found);
 }
