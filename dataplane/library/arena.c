@@ -300,8 +300,9 @@ static void leave_slot(const struct place *place, uint64_t incarnation, bool is_
                 atomic_store(&record->id, 0);
         }
         lock_release(&family->arenas_lock, taken);
-        /* Last: from now on the slot may be somebody else's. */
-        router_release(id, token, slot, incarnation);
+        /* Last: from now on the slot may be somebody else's. Of a queue pair the router is told by
+         * V_QUEUE_PAIR_END, too. */
+        router_release(id, token, slot, incarnation, is_end);
 }
 
 void arena_release(struct end *end)

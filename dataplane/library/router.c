@@ -62,6 +62,15 @@ static void disconnect(long why)
         atomic_fetch_add(&router.epoch, 1);
 }
 
+/* False: there is no room within so many ms. */
+static bool wait_for_room(int fd, int patience)
+{
+        struct pollfd room = {.fd = fd, .events = POLLOUT};
+        struct timespec time = {.tv_nsec = (long)patience * 1000000};
+
+        return patience && sys_5(SYS_ppoll, &room, 1, &time, 0, 0) > 0;
+}
+
 int router_send(const void *message, size_t size, int patience)
 {
         struct iovec vec = {.iov_base = (void *)(uintptr_t)message, .iov_len = size};
@@ -71,8 +80,6 @@ int router_send(const void *message, size_t size, int patience)
                 return ENOTCONN;
         for (;;) {
                 long sent = sys_3(SYS_sendmsg, router.fd - 1, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
-                struct pollfd room = {.fd = router.fd - 1, .events = POLLOUT};
-                struct timespec time = {.tv_nsec = (long)patience * 1000000};
 
                 if (sent >= 0)
                         return 0;
@@ -82,7 +89,7 @@ int router_send(const void *message, size_t size, int patience)
                         disconnect(sent);
                         return (int)-sent;
                 }
-                if (!patience || sys_5(SYS_ppoll, &room, 1, &time, 0, 0) <= 0)
+                if (!wait_for_room(router.fd - 1, patience))
                         return EAGAIN;
                 patience = 0;
         }
@@ -240,23 +247,38 @@ bool router_bell(uint16_t kind, uint64_t arena, uint64_t token, uint32_t side, u
         return send_surely(&bell, sizeof bell);
 }
 
+static struct release release_of(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
+{
+        return (struct release){.message = {.kind = RELEASE, .size = sizeof(struct release)},
+                                .slot = slot,
+                                .arena = arena,
+                                .incarnation = incarnation,
+                                .token = token};
+}
+
 void router_send_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
 {
-        struct release release = {.message = {.kind = RELEASE, .size = sizeof release},
-                                  .slot = slot,
-                                  .arena = arena,
-                                  .incarnation = incarnation,
-                                  .token = token};
+        struct release release = release_of(arena, token, slot, incarnation);
 
         router_send(&release, sizeof release, PATIENCE);
 }
 
-void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
+void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation, bool wait)
 {
-        if (!router_begin())
-                return;
-        router_send_release(arena, token, slot, incarnation);
-        router_end();
+        struct release release = release_of(arena, token, slot, incarnation);
+        int patience = wait ? PATIENCE : 0, failure, fd;
+
+        do {
+                if (!router_begin())
+                        return;
+                failure = router_send(&release, sizeof release, 0);
+                fd = router_descriptor();
+                router_end();
+                /* Without the lock: there may be no room until another thread has read what the
+                 * router says. */
+                wait = failure == EAGAIN && wait_for_room(fd, patience);
+                patience = 0;
+        } while (wait);
 }
 
 /* The socket is the parent's: a child makes its own. */

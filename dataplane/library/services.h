@@ -52,7 +52,7 @@
 #define SERVICES_NAME "freeflow_services"
 
 enum {
-        SERVICES_VERSION = 1,
+        SERVICES_VERSION = 2,
         SERVICES_QUEUE = 64, /* messages */
 };
 
@@ -131,9 +131,10 @@ struct freeflow_services {
         /* Changes when the socket is lost. All that was requested before is void, what was granted
          * goes on: reach(), V_OPEN, and request again. */
         uint32_t (*epoch)(void);
-        /* Send one message by this epoch's socket. Waits some ms for room. Returns 0, or:
+        /* Send one message by this epoch's socket. Returns 0, or:
          *      ESTALE          that socket is lost, or there is none
-         *      EAGAIN          no room
+         *      EAGAIN          no room: there will be, but perhaps not before the caller has read
+         *                      what the router says
          */
         int (*send)(const void *message, size_t size, uint32_t epoch);
         /* The next message for verbs; false: there is none. */

@@ -152,7 +152,6 @@ static int reach(uint32_t *epoch, int patience)
 
 static int send_message(const void *message, size_t size, uint32_t epoch)
 {
-        enum { PATIENCE = 20 }; /* ms */
         int failure = ESTALE;
 
         if (!is_here())
@@ -160,7 +159,7 @@ static int send_message(const void *message, size_t size, uint32_t epoch)
         if (!router_begin())
                 return EAGAIN;
         if (router_epoch() == epoch)
-                failure = router_send(message, size, PATIENCE);
+                failure = router_send(message, size, 0);
         router_end();
         return failure && failure != EAGAIN ? ESTALE : failure;
 }

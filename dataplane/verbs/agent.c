@@ -302,7 +302,8 @@ static bool sleep_until_rung(const struct freeflow_services *here, int patience)
         patience = shorter(patience, list_bells(here));
         most = (struct timespec){.tv_sec = patience / 1000, .tv_nsec = patience % 1000 * 1000000L};
         sources[bells] = (struct pollfd){.fd = agent.wake - 1, .events = POLLIN};
-        sources[bells + 1] = (struct pollfd){.fd = here->router_descriptor(), .events = POLLIN};
+        sources[bells + 1] = (struct pollfd){.fd = here->router_descriptor(),
+                                             .events = client_keeps() ? POLLIN | POLLOUT : POLLIN};
         sources[bells + 2] = (struct pollfd){.fd = client_descriptor(), .events = POLLIN};
         found = (int)sys_5(SYS_ppoll, sources, bells + OTHER_SOURCES, patience < 0 ? NULL : &most, 0, 0);
         if (found <= 0)

@@ -4,6 +4,7 @@
 #include "monotonic.h"
 #include "mutex.h"
 #include "opening.h"
+#include "outbox.h"
 #include "port.h"
 
 #include <dlfcn.h>
@@ -58,6 +59,7 @@ static void forked(void)
         atomic_store(&describer, 0);
         port_forget();
         opening_forget();
+        outbox_forget();
         if (told)
                 told->forked();
 }
@@ -227,6 +229,23 @@ void client_receive(void)
                 else
                         give_back(here, &message);
         mutex_release(&receiving);
+        outbox_flush(here);
+}
+
+bool client_send(const void *message, size_t size, uint32_t epoch)
+{
+        const struct freeflow_services *here = client_services();
+        enum outbox_outcome outcome = here ? outbox_send(here, message, size, epoch) : OUTBOX_LOST;
+
+        /* Whoever waits for messages may sleep. */
+        if (outcome == OUTBOX_KEPT)
+                arrived();
+        return outcome != OUTBOX_LOST;
+}
+
+bool client_keeps(void)
+{
+        return !outbox_is_empty();
 }
 
 /* --- the device --- */

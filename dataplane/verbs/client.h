@@ -26,8 +26,14 @@ bool client_open(int patience);
 /* The socket by which the router has described a device. False: the one that is there now has not,
  * or there is none: wait for it, or call client_open(). May be called with any lock held. */
 bool client_epoch(uint32_t *epoch);
-/* Take all that the router has said. */
+/* Take all that the router has said, and send what had to wait for room. */
 void client_receive(void);
+/* Send a message by this epoch's socket. If there is no room it is kept until there is, and those
+ * sent like this come in their order. False: that socket is lost, or too much is kept. May be
+ * called with any lock held. */
+bool client_send(const void *message, size_t size, uint32_t epoch);
+/* Some are kept: whoever waits on the router's socket waits for room as well. */
+bool client_keeps(void);
 /* Readable when client_receive() has something to take that somebody else has read from the
  * router's socket; -1: there is no such descriptor. Whoever waits looks at the socket as well. */
 int client_descriptor(void);

@@ -32,7 +32,7 @@ static void ask_by_socket(const struct freeflow_services *here, struct queue_pai
         if (!client_epoch(&epoch) || !port_find(&queue->gid, &wanted.gid_index))
                 return;
         memcpy(wanted.peer_gid.bytes, queue->attributes.ah_attr.grh.dgid.raw, sizeof wanted.peer_gid.bytes);
-        queue->asked_for = here->send(&wanted, sizeof wanted, epoch) == 0;
+        queue->asked_for = client_send(&wanted, sizeof wanted, epoch);
         queue->asked_by = epoch;
 }
 
@@ -145,7 +145,7 @@ static void leave(struct queue_pair *queue)
         here->release(&queue->place);
         mutex_take(&asking);
         if (atomic_exchange(&queue->request, 0))
-                here->send(&end, sizeof end, here->epoch());
+                client_send(&end, sizeof end, here->epoch());
         mutex_release(&asking);
 }
 

@@ -12,6 +12,7 @@
  *                           each of those that were open has ended
  *      event                the next asynchronous event
  *      destroy              the last one
+ *      part                 all that `many` has made are destroyed
  *      fork                 the child answers from now on: how polling its parent's queue fails
  *      confine              the process confines itself to certain system calls
  */
@@ -224,6 +225,13 @@ static void confine(void)
         puts("confined");
 }
 
+static void part(void)
+{
+        for (int i = 0; i < count_many; i++)
+                CHECK(ibv_destroy_qp(many[i]) == 0);
+        puts("parted");
+}
+
 static void obey(const char *word, const char *rest)
 {
         unsigned long long address = 0;
@@ -264,6 +272,8 @@ static void obey(const char *word, const char *rest)
         } else if (strcmp(word, "destroy") == 0) {
                 CHECK(ibv_destroy_qp(last) == 0);
                 puts("destroyed");
+        } else if (strcmp(word, "part") == 0) {
+                part();
         } else if (strcmp(word, "fork") == 0) {
                 become_child();
         } else if (strcmp(word, "confine") == 0) {

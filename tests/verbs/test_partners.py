@@ -4,7 +4,9 @@ router, goes. See `partner.c`.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from typing import Final
 
 import pytest
 
-from testbed.patience import patience
+from dataplane.control import RouterSettings
+from testbed.patience import patience, within
 from tests.dataplane.places import LIBRARY, compile_c
 from tests.verbs.conftest import HEADER, HERE
 from tests.verbs.router import TestRouter, router
@@ -80,6 +83,31 @@ class Partners:
         for partner, of_peer in zip(self.both, reversed(made), strict=True):
             assert partner.ask(f"connect {of_peer}") == "connected"
 
+    def join(self, count: int) -> None:
+        """Make so many queue pairs in each, connected with those of the other."""
+        made = [partner.ask(f"many {count}") for partner in self.both]
+        for partner, of_peer in zip(self.both, reversed(made), strict=True):
+            assert partner.ask(f"join {of_peer}") == "connected"
+
+    def signal_router(self, number: signal.Signals) -> None:
+        """Stop the router, or let it go on."""
+        assert self.router.process
+        self.router.process.send_signal(number)
+
+
+@contextlib.contextmanager
+def two_partners(
+    program: Path, library: Path, folder: Path, settings: RouterSettings | None = None
+) -> Iterator[Partners]:
+    """Two processes that are not connected yet, with a router of these settings."""
+    with router(folder, settings=settings) as made:
+        pair = Partners(made, program, library)
+        try:
+            yield pair
+        finally:
+            for partner in pair.both:
+                partner.kill()
+
 
 @pytest.fixture(scope="module")
 def program(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -93,13 +121,8 @@ def program(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def partners(program: Path, library: Path, tmp_path: Path) -> Iterator[Partners]:
     """Two processes that are not connected yet."""
-    with router(tmp_path) as made:
-        pair = Partners(made, program, library)
-        try:
-            yield pair
-        finally:
-            for partner in pair.both:
-                partner.kill()
+    with two_partners(program, library, tmp_path) as pair:
+        yield pair
 
 
 def used(pid: int) -> int:
@@ -200,9 +223,7 @@ def test_many(partners: Partners) -> None:
     """A thousand queue pairs between two processes all work, whether the program polls or sleeps,
     and each process sleeps when they have nothing to do.
     """
-    said = [partner.ask("many 1000") for partner in partners.both]
-    for partner, of_peer in zip(partners.both, reversed(said), strict=True):
-        assert partner.ask(f"join {of_peer}") == "connected"
+    partners.join(1000)
     for how in ("poll", "sleep"):
         for _ in range(3):
             for partner in partners.both:
@@ -212,6 +233,33 @@ def test_many(partners: Partners) -> None:
     time.sleep(1)
     after = [used(partner.process.pid) for partner in partners.both]
     assert max(map(int.__sub__, after, before)) <= 2
+
+
+def test_router_that_does_not_read(partners: Partners) -> None:
+    """No program waits for a router that does not read for a while, and nothing that was to be told
+    is lost: all queue pairs are paired in the end, and their slots are given back.
+    """
+    made = [partner.ask("many 1000") for partner in partners.both]
+    partners.signal_router(signal.SIGSTOP)
+    begin = time.monotonic()
+    for partner, of_peer in zip(partners.both, reversed(made), strict=True):
+        assert partner.ask(f"join {of_peer}") == "connected"
+    assert time.monotonic() - begin < within(5)
+    for partner in partners.both:
+        partner.tell("each sleep")
+    partners.signal_router(signal.SIGCONT)
+    assert [partner.hear() for partner in partners.both] == [f"1000 {SUCCESS}"] * 2
+    partners.signal_router(signal.SIGSTOP)
+    begin = time.monotonic()
+    assert [partner.ask("part") for partner in partners.both] == ["parted"] * 2
+    assert time.monotonic() - begin < within(5)
+    partners.signal_router(signal.SIGCONT)
+    until = time.monotonic() + patience(10)
+    while partners.router.client.verbs().queue_pairs:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    partners.connect()
+    assert partners.both[0].ask("write 10") == f"10 {SUCCESS}"
 
 
 def test_itself(partners: Partners) -> None:
