@@ -70,7 +70,8 @@ static void take_slot(struct verbs_message *kept, int memfd, int *receiving)
                                .side = grant->side,
                                .slot = grant->slot};
 
-        kept->reason = memfd < 0 ? REASON_CORRUPT : arena_take(&kept->place, &slot, memfd, receiving);
+        /* The router always sends one: the process may have no more descriptors. */
+        kept->reason = memfd < 0 ? REASON_MEMORY : arena_take(&kept->place, &slot, memfd, receiving);
         if (kept->reason)
                 router_send_release(slot.arena, slot.token, slot.slot, slot.incarnation);
 }

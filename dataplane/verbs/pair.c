@@ -2,10 +2,20 @@
 
 #include "agent.h"
 #include "client.h"
+#include "monotonic.h"
 #include "numbers.h"
 #include "queue_pair.h"
 
 #include <string.h>
+
+enum {
+        /* What is refused for the moment is asked for again: */
+        MOST_REFUSALS = 16,
+        PAUSE = 20, /* ms, doubled each time, up to */
+        PAUSE_MOST = 1000,
+        /* How long the other side may take to ask again, in ms: */
+        ASK_PATIENCE = 10000,
+};
 
 /* --- asking --- */
 
@@ -29,6 +39,8 @@ static void ask_by_socket(const struct freeflow_services *here, struct queue_pai
         if (queue->asked_for && queue->asked_by == here->epoch())
                 return;
         queue->asked_for = false;
+        if (queue->ask_at && monotonic() < queue->ask_at)
+                return;
         if (!client_epoch(&epoch) || !port_find(&queue->gid, &wanted.gid_index))
                 return;
         memcpy(wanted.peer_gid.bytes, queue->attributes.ah_attr.grh.dgid.raw, sizeof wanted.peer_gid.bytes);
@@ -46,6 +58,8 @@ static void ask(struct queue_pair *queue)
         mutex_take(&asking);
         atomic_store(&queue->request, requests = requests + 1 ? requests + 1 : 1);
         queue->asked_for = false;
+        queue->refusals = 0;
+        queue->ask_at = queue->wait_end = 0;
         ask_by_socket(here, queue);
         mutex_release(&asking);
         /* To wait for the answer, and not for ever. */
@@ -57,7 +71,7 @@ static void ask(struct queue_pair *queue)
 static bool ask_again(struct queue_pair *queue)
 {
         const struct freeflow_services *here = client_services();
-        bool asked = true;
+        bool asked = true, over = false;
 
         if (!here || !atomic_load(&queue->request) || queue_paired(queue) == QUEUE_LOST)
                 return true;
@@ -65,12 +79,54 @@ static bool ask_again(struct queue_pair *queue)
         if (atomic_load(&queue->request)) {
                 ask_by_socket(here, queue);
                 asked = queue->asked_for;
+                over = queue->wait_end && queue_paired(queue) == QUEUE_ASKED && monotonic() > queue->wait_end;
         }
         mutex_release(&asking);
+        if (over)
+                queue_lose(queue);
         return asked;
 }
 
+static uint64_t in_ms(uint64_t time)
+{
+        return monotonic() + time * 1000000;
+}
+
+/* It was refused for a moment, or has lost what it was granted: ask again, unless that has been in
+ * vain too often. `patience`: how long to wait for the other side then, in ms; 0: for as long as
+ * the program does. */
+static void ask_later(struct queue_pair *queue, uint64_t patience)
+{
+        uint64_t pause;
+        bool over;
+
+        mutex_take(&asking);
+        over = queue->refusals == MOST_REFUSALS;
+        pause = (uint64_t)PAUSE << queue->refusals;
+        queue->refusals += !over;
+        queue->asked_for = false;
+        queue->ask_at = in_ms(pause < PAUSE_MOST ? pause : PAUSE_MOST);
+        queue->wait_end = patience ? in_ms(patience) : 0;
+        mutex_release(&asking);
+        if (over)
+                queue_lose(queue);
+}
+
+static void give_back(const struct freeflow_services *here, struct queue_pair *queue)
+{
+        if (atomic_load_explicit(&queue->place.incarnation, memory_order_relaxed))
+                agent_leave(&queue->place);
+        if (here)
+                here->release(&queue->place);
+}
+
 /* --- answers --- */
+
+/* There is no memory or no descriptor, or one queue pair too many, at this moment. */
+static bool passes(uint32_t reason)
+{
+        return reason == REASON_MEMORY || reason == REASON_LIMIT;
+}
 
 /* Is the message about the pairing that the queue pair wants now? */
 static bool is_wanted(const struct queue_pair *queue, uint32_t request)
@@ -88,7 +144,10 @@ static void granted(void *owner, void *argument)
         if (!here || !is_wanted(queue, message->grant.request))
                 return;
         if (message->reason) {
-                queue_lose(queue);
+                if (passes(message->reason))
+                        ask_later(queue, 0);
+                else
+                        queue_lose(queue);
                 return;
         }
         bell = agent_join(&message->place);
@@ -106,13 +165,21 @@ static void refused(void *owner, void *argument)
 {
         struct queue_pair *queue = owner;
         const struct verbs_message *message = argument;
+        uint32_t reason = message->refuse.reason;
 
         if (!is_wanted(queue, message->refuse.request))
                 return;
-        /* A router that refuses what another one has paired can't tell when the peer is gone, which
-         * it need not be. */
-        if (queue_paired(queue) == QUEUE_ASKED || message->refuse.reason == REASON_PEER_CLOSED)
+        if (queue_paired(queue) == QUEUE_ASKED && passes(reason)) {
+                ask_later(queue, 0);
+        } else if (reason == REASON_PEER_CLOSED && queue_pair_down(queue)) {
+                /* The other side could not use the slot, and asks again, or it is gone. */
+                give_back(client_services(), queue);
+                ask_later(queue, ASK_PATIENCE);
+        } else if (queue_paired(queue) == QUEUE_ASKED || reason == REASON_PEER_CLOSED) {
+                /* A router that refuses what another one has paired can't tell when the peer is
+                 * gone, which it need not be. */
                 queue_lose(queue);
+        }
 }
 
 static void handle(struct verbs_message *message)
@@ -138,11 +205,9 @@ static void leave(struct queue_pair *queue)
         struct v_end end = {.message = {.kind = V_QUEUE_PAIR_END, .size = sizeof end},
                             .number = queue->plain.qp_base.qp_num};
 
-        if (atomic_load_explicit(&queue->place.incarnation, memory_order_relaxed))
-                agent_leave(&queue->place);
+        give_back(here, queue);
         if (!here)
                 return;
-        here->release(&queue->place);
         mutex_take(&asking);
         if (atomic_exchange(&queue->request, 0))
                 client_send(&end, sizeof end, here->epoch());

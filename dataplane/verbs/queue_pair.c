@@ -218,6 +218,26 @@ bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, co
         return wanted;
 }
 
+bool queue_pair_down(struct queue_pair *queue)
+{
+        bool alone = false;
+
+        mutex_take(&queue->receiving);
+        mutex_take(&queue->sending);
+        if (queue_paired(queue) == QUEUE_PAIRED && queue_state(queue) != IBV_QPS_ERR &&
+            !atomic_load_explicit(&queue->sender.view.ring->ready, memory_order_acquire)) {
+                alone = true;
+                atomic_store_explicit(&queue->in, NULL, memory_order_relaxed);
+                atomic_store_explicit(&queue->out, NULL, memory_order_relaxed);
+                memset(&queue->sender, 0, sizeof queue->sender);
+                memset(&queue->receiver, 0, sizeof queue->receiver);
+                atomic_store_explicit(&queue->pairing, QUEUE_ASKED, memory_order_release);
+        }
+        mutex_release(&queue->sending);
+        mutex_release(&queue->receiving);
+        return alone;
+}
+
 void queue_lose(struct queue_pair *queue)
 {
         mutex_take(&queue->receiving);

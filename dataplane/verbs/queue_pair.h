@@ -70,6 +70,9 @@ struct queue_pair {
         _Atomic uint32_t request; /* the number of what it asks for; 0: nothing */
         uint32_t asked_by;
         bool asked_for;
+        uint32_t refusals;     /* that might have passed */
+        uint64_t ask_at;       /* ns: not again before */
+        uint64_t wait_end;     /* ns: it does not wait for longer; 0: as long as the program does */
         _Atomic int bell;      /* of whoever waits for it in its arena; -1: nobody can */
         struct drafts *drafts; /* post_ex.h; NULL: programs can't post like that */
 
@@ -148,6 +151,9 @@ static inline bool queue_executes(const struct queue_pair *queue)
 /* The router has paired it: the ring that goes out, the one that comes in, and where both are.
  * False: it does not wait for that any more. */
 bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, const struct place *place);
+/* The other side has never been where the router has put the two: it waits to be paired again.
+ * False: it has been, or this one does not wait. */
+bool queue_pair_down(struct queue_pair *queue);
 /* The other side is gone, as the router says. With the first request that fails for this the
  * program has an event. */
 void queue_lose(struct queue_pair *queue);

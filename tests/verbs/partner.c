@@ -13,6 +13,7 @@
  *      event                the next asynchronous event
  *      destroy              the last one
  *      part                 all that `many` has made are destroyed
+ *      files COUNT          so many descriptors may be open from now on
  *      fork                 the child answers from now on: how polling its parent's queue fails
  *      confine              the process confines itself to certain system calls
  */
@@ -24,6 +25,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -232,6 +234,16 @@ static void part(void)
         puts("parted");
 }
 
+static void limit_files(unsigned int count)
+{
+        struct rlimit limit;
+
+        CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+        limit.rlim_cur = count;
+        CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+        puts("limited");
+}
+
 static void obey(const char *word, const char *rest)
 {
         unsigned long long address = 0;
@@ -274,6 +286,8 @@ static void obey(const char *word, const char *rest)
                 puts("destroyed");
         } else if (strcmp(word, "part") == 0) {
                 part();
+        } else if (strcmp(word, "files") == 0) {
+                limit_files((unsigned int)atoi(rest));
         } else if (strcmp(word, "fork") == 0) {
                 become_child();
         } else if (strcmp(word, "confine") == 0) {

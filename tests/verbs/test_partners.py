@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 
-from dataplane.control import RouterSettings
+from dataplane.control import Limits, RouterSettings
 from testbed.patience import patience, within
 from tests.dataplane.places import LIBRARY, compile_c
 from tests.verbs.conftest import HEADER, HERE
@@ -260,6 +260,36 @@ def test_router_that_does_not_read(partners: Partners) -> None:
         time.sleep(0.05)
     partners.connect()
     assert partners.both[0].ask("write 10") == f"10 {SUCCESS}"
+
+
+def test_refused_for_the_moment(program: Path, library: Path, tmp_path: Path) -> None:
+    """A queue pair that the router refuses because there are too many is paired when there are no
+    more.
+    """
+    few = RouterSettings(limits=Limits(queue_pairs=3))
+    with two_partners(program, library, tmp_path, few) as partners:
+        partners.join(2)
+        second = partners.both[1]
+        second.tell("each poll")
+        time.sleep(0.5)
+        partners.router.settings = RouterSettings()
+        partners.router.learn(partners.router.containers)
+        assert second.hear() == f"2 {SUCCESS}"
+        assert partners.both[0].ask("each sleep") == f"2 {SUCCESS}"
+
+
+def test_no_descriptor_for_the_moment(partners: Partners) -> None:
+    """Two processes of which one has no descriptor left for their arena are paired when it has."""
+    first, second = partners.both
+    made = [partner.ask("make") for partner in partners.both]
+    assert first.ask("files 3") == "limited"
+    for partner, of_peer in zip(partners.both, reversed(made), strict=True):
+        assert partner.ask(f"connect {of_peer}") == "connected"
+    second.tell("write 10")
+    time.sleep(0.5)
+    assert first.ask("files 1000") == "limited"
+    assert second.hear() == f"10 {SUCCESS}"
+    assert first.ask("sleep 10") == f"10 {SUCCESS}"
 
 
 def test_itself(partners: Partners) -> None:
