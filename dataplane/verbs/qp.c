@@ -262,12 +262,10 @@ VERB int ibv_modify_qp(struct ibv_qp *plain, struct ibv_qp_attr *set, int mask)
 
         if (opened_is_lost(plain->context))
                 return EIO;
-        mutex_take(&queue->receiving);
-        mutex_take(&queue->sending);
+        queue_lock(queue);
         from = queue_state(queue);
         error = change(queue, set, mask);
-        mutex_release(&queue->sending);
-        mutex_release(&queue->receiving);
+        queue_unlock(queue);
         if (error)
                 return error;
         if (mask & IBV_QP_STATE && set->qp_state == IBV_QPS_RESET)
@@ -286,13 +284,11 @@ VERB int ibv_query_qp(struct ibv_qp *plain, struct ibv_qp_attr *to, int mask, st
         (void)mask;
         if (opened_is_lost(plain->context))
                 return EIO;
-        mutex_take(&queue->receiving);
-        mutex_take(&queue->sending);
+        queue_lock(queue);
         *to = queue->attributes;
         to->qp_state = to->cur_qp_state = queue_state(queue);
         to->sq_draining = queue->draining;
-        mutex_release(&queue->sending);
-        mutex_release(&queue->receiving);
+        queue_unlock(queue);
         plain->state = to->qp_state;
         *init = (struct ibv_qp_init_attr){.qp_context = plain->qp_context,
                                           .send_cq = plain->send_cq,

@@ -196,8 +196,7 @@ bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, co
 {
         bool wanted;
 
-        mutex_take(&queue->receiving);
-        mutex_take(&queue->sending);
+        queue_lock(queue);
         wanted = queue_paired(queue) == QUEUE_ASKED;
         if (wanted) {
                 copy_place(&queue->place, place);
@@ -213,8 +212,7 @@ bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, co
                 atomic_store_explicit(&in.ring->ready, 1, memory_order_release);
                 queue_pairer->ring(queue, &in.ring->senders);
         }
-        mutex_release(&queue->sending);
-        mutex_release(&queue->receiving);
+        queue_unlock(queue);
         return wanted;
 }
 
@@ -222,8 +220,7 @@ bool queue_pair_down(struct queue_pair *queue)
 {
         bool alone = false;
 
-        mutex_take(&queue->receiving);
-        mutex_take(&queue->sending);
+        queue_lock(queue);
         if (queue_paired(queue) == QUEUE_PAIRED && queue_state(queue) != IBV_QPS_ERR &&
             !atomic_load_explicit(&queue->sender.view.ring->ready, memory_order_acquire)) {
                 alone = true;
@@ -233,21 +230,18 @@ bool queue_pair_down(struct queue_pair *queue)
                 memset(&queue->receiver, 0, sizeof queue->receiver);
                 atomic_store_explicit(&queue->pairing, QUEUE_ASKED, memory_order_release);
         }
-        mutex_release(&queue->sending);
-        mutex_release(&queue->receiving);
+        queue_unlock(queue);
         return alone;
 }
 
 void queue_lose(struct queue_pair *queue)
 {
-        mutex_take(&queue->receiving);
-        mutex_take(&queue->sending);
+        queue_lock(queue);
         if (queue_paired(queue) == QUEUE_ASKED || queue_paired(queue) == QUEUE_PAIRED) {
                 atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
                 queue->died = true;
         }
-        mutex_release(&queue->sending);
-        mutex_release(&queue->receiving);
+        queue_unlock(queue);
 }
 
 void queue_enter_error(struct queue_pair *queue, const struct cq *polled)
@@ -266,13 +260,11 @@ void queue_settle(struct queue_pair *queue, const struct cq *polled)
 {
         if (!atomic_load_explicit(&queue->failed, memory_order_acquire) || queue_state(queue) == IBV_QPS_ERR)
                 return;
-        mutex_take(&queue->receiving);
-        mutex_take(&queue->sending);
+        queue_lock(queue);
         /* It may have been reset meanwhile. */
         if (atomic_load_explicit(&queue->failed, memory_order_acquire))
                 queue_enter_error(queue, polled);
-        mutex_release(&queue->sending);
-        mutex_release(&queue->receiving);
+        queue_unlock(queue);
 }
 
 /* Under both: all that belongs to one pairing. */
@@ -303,8 +295,7 @@ void queue_reset(struct queue_pair *queue)
 {
         bool paired;
 
-        mutex_take(&queue->receiving);
-        mutex_take(&queue->sending);
+        queue_lock(queue);
         if (queue_paired(queue) == QUEUE_PAIRED) {
                 queue->close_due |= queue_state(queue) != IBV_QPS_ERR;
                 queue_publish(queue);
@@ -313,8 +304,7 @@ void queue_reset(struct queue_pair *queue)
         queue->plain.qp_base.state = IBV_QPS_RESET;
         forget(queue);
         paired = atomic_exchange_explicit(&queue->pairing, QUEUE_ALONE, memory_order_acq_rel);
-        mutex_release(&queue->sending);
-        mutex_release(&queue->receiving);
+        queue_unlock(queue);
         completions_drop(&queue->send_cq->completions, queue->plain.qp_base.qp_num);
         completions_drop(&queue->receive_cq->completions, queue->plain.qp_base.qp_num);
         /* Whoever pairs queue pairs has mutexes of its own. */

@@ -146,6 +146,19 @@ static inline bool queue_executes(const struct queue_pair *queue)
                (state == IBV_QPS_RTR || state == IBV_QPS_RTS || state == IBV_QPS_SQD);
 }
 
+/* Both mutexes. */
+static inline void queue_lock(struct queue_pair *queue)
+{
+        mutex_take(&queue->receiving);
+        mutex_take(&queue->sending);
+}
+
+static inline void queue_unlock(struct queue_pair *queue)
+{
+        mutex_release(&queue->sending);
+        mutex_release(&queue->receiving);
+}
+
 /* Without mutexes: --- */
 
 /* The router has paired it: the ring that goes out, the one that comes in, and where both are.
