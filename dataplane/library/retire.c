@@ -61,9 +61,9 @@ void retire(uint32_t reason)
                 return;
         }
         statistics_report();
+        verbs_retired();
         process.on = false;
         atomic_thread_fence(memory_order_seq_cst);
-        verbs_retired();
         arena_close_bells();
         router_disconnect();
         close_all_own();

@@ -12,6 +12,7 @@
 #include <string.h>
 
 static const struct verbs_client *_Atomic client;
+static _Atomic bool has_retired;
 
 /* Messages that receive() hasn't returned yet. Under the router's lock. */
 static struct {
@@ -105,7 +106,7 @@ static bool is_here(void)
 {
         if (process.on && !load_relaxed(process.alive))
                 family_forked();
-        return in_this_process();
+        return !atomic_load(&has_retired) && in_this_process();
 }
 
 static bool attach(const struct verbs_client *wanted)
@@ -283,6 +284,8 @@ void verbs_retired(void)
 {
         const struct verbs_client *told = atomic_load(&client);
 
+        /* From now on nobody begins anything, while what was begun ends. */
+        atomic_store(&has_retired, true);
         if (told)
                 told->retired();
 }

@@ -43,7 +43,8 @@ static struct {
         struct mutex mutex; /* of what follows */
         struct watched arenas[MOST_ARENAS];
         uint32_t count;
-        int wake; /* an eventfd, 1 + its number */
+        int wake;                             /* an eventfd, 1 + its number */
+        const struct freeflow_services *here; /* that know whether it is still ours */
         bool runs;
         _Atomic bool stopping, ended;
 } agent;
@@ -73,10 +74,9 @@ static void set_bell(void *owner, void *argument)
 /* Under the mutex. */
 static void wake(void)
 {
-        const struct freeflow_services *here = client_services();
         uint64_t one = 1;
 
-        if (here && agent.wake && here->is_own_descriptor(agent.wake - 1))
+        if (agent.wake && agent.here->is_own_descriptor(agent.wake - 1))
                 sys_3(SYS_write, agent.wake - 1, &one, sizeof one);
 }
 
@@ -319,6 +319,7 @@ static bool sleep_until_rung(const struct freeflow_services *here, int patience)
 static void check_wake(const struct freeflow_services *here)
 {
         mutex_take(&agent.mutex);
+        agent.here = here;
         if (!agent.wake || !here->is_own_descriptor(agent.wake - 1))
                 agent.wake =
                     1 + here->own_descriptor((int)sys_2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
@@ -501,11 +502,12 @@ void agent_stop(void)
 {
         enum { PATIENCE = 1000 /* ms */ };
         const struct timespec pause = {.tv_nsec = 1000000};
-        uint64_t one = 1;
 
         atomic_store(&agent.stopping, true);
         for (int i = 0; agent.runs && !atomic_load(&agent.ended) && i < PATIENCE; i++) {
-                sys_3(SYS_write, agent.wake - 1, &one, sizeof one);
+                mutex_take(&agent.mutex);
+                wake();
+                mutex_release(&agent.mutex);
                 sys_2(SYS_nanosleep, &pause, 0);
         }
 }
