@@ -1,52 +1,29 @@
 #include "channel.h"
 
+#include "counter.h"
 #include "port.h"
 
 #include <errno.h>
-#include <linux/fs.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
-#include <sys/uio.h>
-#include <unistd.h>
 
 /* --- the eventfd */
 
 static int make_counter(void)
 {
-        long fd = sys_2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_SEMAPHORE);
+        int fd = counter_make();
 
         if (fd >= 0)
-                return (int)fd;
-        errno = (int)-fd;
+                return fd;
+        errno = -fd;
         return -1;
 }
 
-static void count_one(int fd)
-{
-        uint64_t one = 1;
-
-        sys_3(SYS_write, fd, &one, sizeof one);
-}
-
-/* Wait for an event as the program has chosen: read() may block, or be interrupted by a signal. */
 static bool wait_for_one(int fd, uint32_t generation)
 {
-        uint64_t one;
-
-        if (generation != port_generation()) {
-                errno = EIO;
-                return false;
-        }
-        return read(fd, &one, sizeof one) == sizeof one;
-}
-
-/* An event was dropped. If somebody has just read the eventfd for it, there is nothing to take. */
-static void discount_one(int fd)
-{
-        uint64_t one;
-        struct iovec to = {.iov_base = &one, .iov_len = sizeof one};
-
-        sys_6(SYS_preadv2, fd, &to, 1, -1, -1, RWF_NOWAIT);
+        if (generation == port_generation())
+                return counter_wait(fd);
+        errno = EIO;
+        return false;
 }
 
 /* --- acknowledgements */
@@ -143,7 +120,7 @@ void channel_put(struct channel *channel, struct channel_member *member)
         mutex_take(&channel->mutex);
         if (!member->unread++)
                 append(channel, member);
-        count_one(channel->plain.fd);
+        counter_add(channel->plain.fd);
         mutex_release(&channel->mutex);
 }
 
@@ -153,7 +130,7 @@ void channel_leave(struct channel *channel, struct channel_member *member)
         if (member->unread)
                 remove_member(channel, member);
         for (; member->unread; member->unread--)
-                discount_one(channel->plain.fd);
+                counter_drop(channel->plain.fd);
         channel->plain.refcnt--;
         mutex_release(&channel->mutex);
         events_wait(&member->queue->comp_events_completed);
@@ -242,7 +219,7 @@ void events_put(struct events *events, struct event *event)
                 event->next = NULL;
                 *events->last = event;
                 events->last = &event->next;
-                count_one(events->fd);
+                counter_add(events->fd);
         }
         mutex_release(&events->mutex);
 }
@@ -265,7 +242,7 @@ void events_drop(struct events *events, struct event *event)
         mutex_take(&events->mutex);
         if (event->unread) {
                 remove_event(events, event);
-                discount_one(events->fd);
+                counter_drop(events->fd);
         }
         mutex_release(&events->mutex);
 }
