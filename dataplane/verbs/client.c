@@ -14,7 +14,7 @@
 #include <time.h>
 
 static const struct freeflow_services *_Atomic services;
-static const struct client_user *_Atomic user;
+static const struct client_user *_Atomic users[CLIENT_USERS];
 static _Atomic int arrivals = -1; /* an eventfd: messages are kept for us */
 
 static struct mutex opening;   /* while a thread asks for the device */
@@ -33,6 +33,10 @@ static struct {
 
 /* --- calls of the library --- */
 
+#define EACH_USER(told)                                                                                      \
+        for (const struct client_user *_Atomic *at_ = users, *told;                                          \
+             at_ < users + CLIENT_USERS && (told = atomic_load(at_)); at_++)
+
 static void arrived(void)
 {
         const struct freeflow_services *here = atomic_load(&services);
@@ -50,8 +54,6 @@ static void descriptors_lost(void)
 
 static void forked(void)
 {
-        const struct client_user *told = atomic_load(&user);
-
         /* Other threads of the parent may have had the mutexes. */
         opening = receiving = (struct mutex){0};
         memset(&port_of_router, 0, sizeof port_of_router);
@@ -60,17 +62,37 @@ static void forked(void)
         port_forget();
         opening_forget();
         outbox_forget();
-        if (told)
-                told->forked();
+        EACH_USER(told)
+        told->forked();
 }
 
 static void retired(void)
 {
-        const struct client_user *told = atomic_load(&user);
-
         port_lose();
-        if (told)
-                told->retired();
+        EACH_USER(told)
+        told->retired();
+}
+
+static ssize_t written(int fd, const void *buffer, size_t size)
+{
+        EACH_USER(told)
+        if (told->write)
+                return told->write(fd, buffer, size);
+        return -EBADF;
+}
+
+static void closing(int fd)
+{
+        EACH_USER(told)
+        if (told->closing)
+                told->closing(fd);
+}
+
+static void duplicated(int fd, int to)
+{
+        EACH_USER(told)
+        if (told->duplicated)
+                told->duplicated(fd, to);
 }
 
 static const struct verbs_client ours = {
@@ -78,6 +100,9 @@ static const struct verbs_client ours = {
     .descriptors_lost = descriptors_lost,
     .forked = forked,
     .retired = retired,
+    .write = written,
+    .closing = closing,
+    .duplicated = duplicated,
 };
 
 /* --- the library --- */
@@ -105,7 +130,12 @@ const struct freeflow_services *client_services(void)
 
 void client_serve(const struct client_user *wanted)
 {
-        atomic_store(&user, wanted);
+        for (int i = 0; i < CLIENT_USERS; i++) {
+                const struct client_user *nobody = NULL;
+
+                if (atomic_compare_exchange_strong(&users[i], &nobody, wanted) || nobody == wanted)
+                        return;
+        }
 }
 
 int client_descriptor(void)
@@ -199,6 +229,14 @@ static void describe(const struct verbs_message *message)
                 opening_tell_port(!active);
 }
 
+static bool is_handled(struct verbs_message *message)
+{
+        EACH_USER(told)
+        if (told->handle(message))
+                return true;
+        return false;
+}
+
 /* Nobody wants what this message brings. */
 static void give_back(const struct freeflow_services *here, struct verbs_message *message)
 {
@@ -211,7 +249,6 @@ static void give_back(const struct freeflow_services *here, struct verbs_message
 void client_receive(void)
 {
         const struct freeflow_services *here = client_services();
-        const struct client_user *told = atomic_load(&user);
         int fd = client_descriptor();
         struct verbs_message message;
         uint64_t count;
@@ -224,9 +261,7 @@ void client_receive(void)
         while (here->receive(&message))
                 if (message.header.kind == V_DEVICE)
                         describe(&message);
-                else if (told)
-                        told->handle(&message);
-                else
+                else if (!is_handled(&message))
                         give_back(here, &message);
         mutex_release(&receiving);
         outbox_flush(here);

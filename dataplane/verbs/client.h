@@ -8,14 +8,21 @@
 
 #include "../library/services.h"
 
-/* Who has queue pairs and connections. */
+enum { CLIENT_USERS = 4 };
+
+/* Who has queue pairs, or connections. */
 struct client_user {
         /* A message that is not about the device. What came with it is the receiver's. Only one
-         * thread at a time is here; it must not call client_receive(). */
-        void (*handle)(struct verbs_message *message);
+         * thread at a time is here; it must not call client_receive(). False: it is for somebody
+         * else. */
+        bool (*handle)(struct verbs_message *message);
         /* As those of struct verbs_client. */
         void (*forked)(void);
         void (*retired)(void);
+        /* NULL but for one who claims descriptors. */
+        ssize_t (*write)(int fd, const void *buffer, size_t size);
+        void (*closing)(int fd);
+        void (*duplicated)(int fd, int to);
 };
 
 /* NULL: there is no device in this process, or no more. */
@@ -37,6 +44,7 @@ bool client_keeps(void);
 /* Readable when client_receive() has something to take that somebody else has read from the
  * router's socket; -1: there is no such descriptor. Whoever waits looks at the socket as well. */
 int client_descriptor(void);
+/* Have these called from now on. */
 void client_serve(const struct client_user *user);
 
 #endif

@@ -182,7 +182,7 @@ static void refused(void *owner, void *argument)
         }
 }
 
-static void handle(struct verbs_message *message)
+static bool handle(struct verbs_message *message)
 {
         const struct freeflow_services *here = client_services();
 
@@ -192,9 +192,12 @@ static void handle(struct verbs_message *message)
                         here->release(&message->place);
         } else if (message->header.kind == V_REFUSE && message->refuse.kind == V_QUEUE_PAIR) {
                 number_use(message->refuse.number, refused, message);
+        } else {
+                return false;
         }
         if (here && message->descriptor >= 0)
                 here->close_own(message->descriptor);
+        return true;
 }
 
 /* --- the end of it --- */

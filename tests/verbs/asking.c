@@ -233,9 +233,10 @@ static void check_messages(void)
 
 static uint32_t handled;
 
-static void handle(struct verbs_message *message)
+static bool handle(struct verbs_message *message)
 {
         CHECK(message->header.kind == V_GRANT && message->reason == handled++);
+        return true;
 }
 
 static void count_forked(void)
