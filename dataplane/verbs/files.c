@@ -8,7 +8,12 @@
 
 #include <dlfcn.h>
 #include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 /* Programs look whether it is a character device that they may use, and nothing more. */
@@ -174,35 +179,92 @@ bool file_text(const char *path, char text[FILE_TEXT])
 
 /* --- for the companion */
 
-static const char *other_file(const char *path)
+static const struct file_device *_Atomic served;
+
+static bool is_served(const char *path)
 {
-        return strcmp(path, DEVICE_FILE) ? NULL : SOME_DEVICE;
+        const struct file_device *device = atomic_load(&served);
+
+        return device && !strcmp(path, device->path);
 }
 
-static int open_file(const char *path, int cloexec)
+static const char *other_file(const char *path)
 {
-        char text[FILE_TEXT];
-        size_t length;
+        return !strcmp(path, DEVICE_FILE) || is_served(path) ? SOME_DEVICE : NULL;
+}
+
+/* A text such as "10:122"; 0: it is none. */
+static uint64_t number_in(const char *text)
+{
+        unsigned parts[2] = {0};
+        int part = 0;
+
+        for (; *text && *text != '\n'; text++) {
+                if (*text == ':' && !part)
+                        part = 1;
+                else if (*text >= '0' && *text <= '9')
+                        parts[part] = parts[part] * 10 + (unsigned)(*text - '0');
+                else
+                        return 0;
+        }
+        return part ? makedev(parts[0], parts[1]) : 0;
+}
+
+/* librdmacm compares the number with what the kernel says of the real device. */
+static const char *disguise_of(int fd, uint64_t *number)
+{
+        const struct file_device *device = atomic_load(&served);
+        char text[FILE_TEXT] = "";
+        long file;
+
+        if (!device || !device->is(fd))
+                return NULL;
+        file = sys_4(SYS_openat, AT_FDCWD, device->number, O_RDONLY | O_CLOEXEC, 0);
+        if (file >= 0) {
+                sys_3(SYS_read, file, text, sizeof text - 1);
+                sys_1(SYS_close, file);
+                *number = number_in(text);
+        }
+        return SOME_DEVICE;
+}
+
+static int open_text(const char *text, int flags)
+{
+        size_t length = strlen(text);
         long fd;
 
-        /* Most paths are others. */
-        if (strncmp(path, SYSFS_FOLDER, strlen(SYSFS_FOLDER)) || !file_text(path, text))
-                return -1;
-        fd = sys_2(SYS_memfd_create, DEVICE_NAME, cloexec ? MFD_CLOEXEC : 0);
+        if ((flags & O_ACCMODE) != O_RDONLY)
+                return -EACCES;
+        fd = sys_2(SYS_memfd_create, DEVICE_NAME, flags & O_CLOEXEC ? MFD_CLOEXEC : 0);
         if (fd < 0)
-                return -1;
-        length = strlen(text);
+                return (int)fd;
         if (sys_4(SYS_pwrite64, fd, text, length, 0) == (long)length && !sys_2(SYS_fchmod, fd, READ_ONLY))
                 return (int)fd;
         sys_1(SYS_close, fd);
-        return -1;
+        return -EIO;
+}
+
+static int open_file(const char *path, int flags)
+{
+        char text[FILE_TEXT];
+
+        /* Most paths are others. */
+        if (!strncmp(path, SYSFS_FOLDER, strlen(SYSFS_FOLDER)))
+                return file_text(path, text) ? open_text(text, flags) : -ENOENT;
+        return is_served(path) ? atomic_load(&served)->open(flags) : -ENOENT;
 }
 
 void files_show(void)
 {
-        static const struct virtual_files shown = {.other = other_file, .open = open_file};
+        static const struct virtual_files shown = {
+            .other = other_file, .open = open_file, .disguise = disguise_of};
         virtual_files *wrapped = dlsym(RTLD_DEFAULT, VIRTUAL_NAME);
 
         if (wrapped)
                 atomic_store_explicit(wrapped, &shown, memory_order_release);
+}
+
+void files_serve(const struct file_device *device)
+{
+        atomic_store(&served, device);
 }

@@ -18,4 +18,17 @@ bool file_text(const char *path, char text[FILE_TEXT]);
 /* From now on programs can open the files themselves. */
 void files_show(void);
 
+/* A file of /dev/infiniband. */
+struct file_device {
+        const char *path;
+        /* A new descriptor, or a negative errno. */
+        int (*open)(int flags);
+        bool (*is)(int fd);
+        /* The file in sysfs that has the number of the real device, on hosts with one. */
+        const char *number;
+};
+
+/* Programs can open this one as well. */
+void files_serve(const struct file_device *device);
+
 #endif

@@ -8,15 +8,19 @@
 #define FREEFLOW_VIRTUAL_H
 
 #include <stdatomic.h>
+#include <stdint.h>
 
 #define VIRTUAL_NAME "freeflow_virtual_files"
 
 struct virtual_files {
         /* The path of a file that stands for this one; NULL: none does. */
         const char *(*other)(const char *path);
-        /* A new descriptor with the text of the device's file of that path, closed on exec if it is
-         * to be; -1: the device has no such file. */
-        int (*open)(const char *path, int cloexec);
+        /* A new descriptor of the device's file of that path, as open() makes it, or a negative
+         * errno; -ENOENT: the device has no such file. */
+        int (*open)(const char *path, int flags);
+        /* The path of a file that this descriptor passes for; NULL: it is what it is. The number of
+         * the device is this one, unless it is left at 0. */
+        const char *(*disguise)(int fd, uint64_t *number);
 };
 
 typedef const struct virtual_files *_Atomic virtual_files;

@@ -34,6 +34,10 @@ CALL virtual_files freeflow_virtual_files;
         F(int, stat64, (const char *, struct stat64 *))                                                      \
         F(int, __xstat, (int, const char *, struct stat *))                                                  \
         F(int, __xstat64, (int, const char *, struct stat64 *))                                              \
+        F(int, fstat, (int, struct stat *))                                                                  \
+        F(int, fstat64, (int, struct stat64 *))                                                              \
+        F(int, __fxstat, (int, int, struct stat *))                                                          \
+        F(int, __fxstat64, (int, int, struct stat64 *))                                                      \
         F(int, access, (const char *, int))
 
 static struct next {
@@ -62,26 +66,31 @@ static __attribute__((constructor)) void start(void)
         next();
 }
 
+static const struct virtual_files *shown(void)
+{
+        return atomic_load_explicit(&freeflow_virtual_files, memory_order_acquire);
+}
+
 /* A descriptor of the device's file of this path, for a caller who asks for it by these flags; -1:
  * it is none of those, and `path` is what to open, or an error. */
 static int open_own(const char **path, int flags, bool *failed)
 {
-        const struct virtual_files *files =
-            atomic_load_explicit(&freeflow_virtual_files, memory_order_acquire);
-        const char *other = files && *path ? files->other(*path) : NULL;
-        int fd = -1;
+        const struct virtual_files *files = shown();
+        const char *other;
+        int fd = -ENOENT;
 
         *failed = false;
-        if (other)
-                *path = other;
-        else if (files && *path)
-                fd = files->open(*path, flags & O_CLOEXEC);
-        if (fd >= 0 && (flags & O_ACCMODE) != O_RDONLY) {
-                sys_1(SYS_close, fd);
-                errno = EACCES;
+        if (files && *path)
+                fd = files->open(*path, flags);
+        if (fd >= 0)
+                return fd;
+        if (fd != -ENOENT) {
+                errno = -fd;
                 *failed = true;
+        } else if (files && *path && (other = files->other(*path))) {
+                *path = other;
         }
-        return *failed ? -1 : fd;
+        return -1;
 }
 
 /* The mode is only there if the flags ask for it; without, what is read is not used. */
@@ -154,9 +163,12 @@ CALL FILE *fopen64(const char *path, const char *mode)
  * kernel's structure is the C libraries'. */
 static bool look_at_own(const char **path, void *found)
 {
-        bool failed;
-        int fd = open_own(path, O_RDONLY | O_CLOEXEC, &failed);
+        const struct virtual_files *files = shown();
+        const char *other = files && *path ? files->other(*path) : NULL;
+        int fd = files && *path && !other ? files->open(*path, O_RDONLY | O_CLOEXEC) : -1;
 
+        if (other)
+                *path = other;
         if (fd < 0)
                 return false;
         sys_4(SYS_newfstatat, fd, "", found, AT_EMPTY_PATH);
@@ -181,6 +193,36 @@ int __xstat(int version, const char *path, struct stat *found);
 int __xstat64(int version, const char *path, struct stat64 *found);
 STAT(__xstat, stat, stat, (int version, const char *path, struct stat *found), version, path, found)
 STAT(__xstat64, stat, stat64, (int version, const char *path, struct stat64 *found), version, path, found)
+
+/* What a descriptor is that passes for another file. */
+static bool look_disguised(int fd, struct stat *found)
+{
+        const struct virtual_files *files = shown();
+        uint64_t number = 0;
+        const char *disguise = files ? files->disguise(fd, &number) : NULL;
+
+        if (!disguise || sys_4(SYS_newfstatat, AT_FDCWD, disguise, found, 0))
+                return false;
+        if (number)
+                found->st_rdev = number;
+        return true;
+}
+
+#define FSTAT(name, otherwise, type, before, ...)                                                            \
+        CALL int name before                                                                                 \
+        {                                                                                                    \
+                if (look_disguised(fd, (struct stat *)found))                                                \
+                        return 0;                                                                            \
+                return next()->name ? next()->name(__VA_ARGS__) : next()->otherwise(fd, (void *)found);      \
+        }
+
+FSTAT(fstat, fstat, stat, (int fd, struct stat *found), fd, found)
+FSTAT(fstat64, fstat, stat64, (int fd, struct stat64 *found), fd, found)
+
+int __fxstat(int version, int fd, struct stat *found);
+int __fxstat64(int version, int fd, struct stat64 *found);
+FSTAT(__fxstat, fstat, stat, (int version, int fd, struct stat *found), version, fd, found)
+FSTAT(__fxstat64, fstat, stat64, (int version, int fd, struct stat64 *found), version, fd, found)
 
 CALL int access(const char *path, int wanted)
 {
