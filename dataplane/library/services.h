@@ -18,7 +18,8 @@
  *
  *      - None blocks, unless it has a `patience`. None changes errno.
  *      - All may be called on any thread, with any of the caller's locks held; but not in a signal
- *        handler, and not from a function of `struct verbs_client`, except is_own_descriptor().
+ *        handler, and not from a function of `struct verbs_client` that doesn't say so, except
+ *        is_own_descriptor().
  *      - A child of vfork must not call them: is_here() says so. In a child of fork, and after
  *        retired(), what was there before is gone.
  *
@@ -94,8 +95,9 @@ struct verbs_client {
          * closed afterwards. */
         void (*retired)(void);
 
-        /* Of descriptors that were given to claim(). In place of the system call: the number of
-         * bytes, or a negative errno. */
+        /* Of descriptors that were given to claim(). These three are called without locks, and may
+         * call the services. In place of the system call: the number of bytes, or a negative errno.
+         */
         ssize_t (*write)(int fd, const void *buffer, size_t size);
         /* It is about to be closed, or replaced by dup2(). The number is not claimed any more. */
         void (*closing)(int fd);

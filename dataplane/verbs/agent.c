@@ -49,6 +49,8 @@ static struct {
         _Atomic bool stopping, ended;
 } agent;
 
+static int (*_Atomic visited)(void);
+
 /* --- bells */
 
 /* Under the mutex: the arena's entry; NULL: none. */
@@ -142,6 +144,7 @@ struct turn {
         bool waits;   /* requests are open */
         bool no_bell; /* some queue pair can't be armed */
         bool unasked; /* the router does not know of some */
+        int visit;    /* ms until the next visit() is due; -1: not for its own sake */
 };
 
 /* Slots of an arena in which something has happened. */
@@ -285,6 +288,7 @@ static void share_bells(void)
         }
 }
 
+/* The shorter one of two times; -1 is without end. */
 static int shorter(int one, int other)
 {
         return other < 0 || (one >= 0 && one < other) ? one : other;
@@ -335,6 +339,18 @@ static int patience_of(const struct turn *turn)
         if (turn->no_bell)
                 return WITHOUT_BELL;
         return turn->unasked ? WITHOUT_ROUTER : -1;
+}
+
+static int visit(void)
+{
+        int (*turn)(void) = atomic_load(&visited);
+
+        return turn ? turn() : -1;
+}
+
+void agent_visit(int (*turn)(void))
+{
+        atomic_store(&visited, turn);
 }
 
 /* When the next turn for all queue pairs is due. */
@@ -416,6 +432,7 @@ static void go_on_all(struct turn *turn)
         numbers_each(go_on, turn);
         if (turn->no_bell)
                 share_bells();
+        turn->visit = visit();
 }
 
 static void *run(void *unused)
@@ -443,7 +460,7 @@ static void *run(void *unused)
                 turn.unarmed = !turn.arm || (turn.unarmed && !turn.all);
                 if (turn.all)
                         due.last = milliseconds();
-                due.patience = patience_of(&turn);
+                due.patience = shorter(patience_of(&turn), turn.visit);
                 if (turn.did && turn.arm)
                         continue;
                 if (due.patience >= 0)

@@ -19,6 +19,9 @@
 
 /* Run from now on, and look at once at all there is. False: there is no thread. */
 bool agent_start(void);
+/* Have it call this in each turn, too. Returns how many ms from then on it is to be called again at
+ * the latest; -1: when something else happens. */
+void agent_visit(int (*turn)(void));
 /* A queue pair is about to have this place. Returns the bell of its arena, or -1: there is none
  * yet. */
 int agent_join(const struct place *place);

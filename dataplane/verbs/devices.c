@@ -2,6 +2,7 @@
  * needs: a registered page is no page that a device pins.
  */
 #include "client.h"
+#include "cm_device.h"
 #include "files.h"
 #include "pair.h"
 #include "port.h"
@@ -32,8 +33,10 @@ VERB struct ibv_device **ibv_get_device_list(int *number)
         struct ibv_device **list = calloc(2, sizeof *list);
         bool there;
 
-        if (client_open(PATIENCE))
+        if (client_open(PATIENCE)) {
                 pair_start();
+                cm_start();
+        }
         there = list && client_services() && port_is_active();
         if (there)
                 list[0] = &only.device;

@@ -19,8 +19,8 @@ HEADER: Final = Path("/usr/include/infiniband/verbs.h")
 SECONDS: Final = os.environ.get("TORTURE_SECONDS", "1")
 """How long a torture lasts."""
 SANITIZERS: Final = ("", "address,undefined", "thread")
-_WITH_ROUTER: Final = ("agent.c", "client.c", "pair.c")
-"""Sources that need a router."""
+_WITH_ROUTER: Final = ("agent.c", "client.c", "cm_", "pair.c")
+"""How the names of sources begin that need a router."""
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sources(*more: str) -> list[str]:
     """The sources that need no router, and more of them by name."""
     found = sorted(BUILD.parent.glob("*.c"))
-    return [str(path) for path in found if path.name not in _WITH_ROUTER or path.name in more]
+    return [
+        str(path) for path in found if path.name in more or not path.name.startswith(_WITH_ROUTER)
+    ]
 
 
 def compile_test(name: str, folder: Path, sanitizer: str, *options: str) -> Path:

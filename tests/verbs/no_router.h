@@ -3,6 +3,7 @@
 #define FREEFLOW_TEST_NO_ROUTER_H
 
 #include "../../dataplane/verbs/client.h"
+#include "../../dataplane/verbs/cm_device.h"
 #include "../../dataplane/verbs/pair.h"
 
 const struct freeflow_services *client_services(void)
@@ -19,6 +20,10 @@ bool client_open(int patience)
 }
 
 void pair_start(void)
+{
+}
+
+void cm_start(void)
 {
 }
 

@@ -142,6 +142,26 @@ def router(
     assert "a bug in the router" not in log, log
 
 
+@contextlib.contextmanager
+def container(address: str) -> Iterator[Path]:
+    """A network namespace with this address, which its packets come from; needs root."""
+    steps = (
+        "ip link set lo up",
+        f"ip addr add {address}/32 dev lo",
+        f"ip route add 10.0.4.0/24 dev lo src {address}",
+        "echo ready",
+        "exec sleep inf",
+    )
+    command = ["unshare", "--net", "sh", "-c", " && ".join(steps)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        try:
+            assert holder.stdout.readline() == b"ready\n"
+            yield Path(f"/proc/{holder.pid}/ns/net")
+        finally:
+            holder.kill()
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run until standard input ends."""
     folder = Path(arguments[0])
