@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 PLUGIN_SOCKET: Final = "freeflow.sock"
 """`interface.socket` of our config.json: identifies our plugin where its ID isn't known."""
+SERVICE_NAME: Final = "com.docker.swarm.service.name"
+"""Label of a task's container."""
 
 
 @lru_cache(4096)
@@ -180,6 +182,26 @@ def parse_hostnames(nodes: object) -> dict[IPAddress, str]:
         name = text_of(items(node.get("Description")).get("Hostname"))
         if address is not None and name:
             found[address] = name
+    return found
+
+
+def parse_labels(key: str, containers: object, services: object) -> dict[str, str]:
+    """Values of a label by service name, of `GET /containers/json` and `GET /services`.
+
+    A service's own label takes precedence over those of its containers. If these differ, during an
+    update, the newest container's counts, which the engine lists first.
+    """
+    found: dict[str, str] = {}
+    for container in objects(containers):
+        labels = items(container.get("Labels"))
+        name = text_of(labels.get(SERVICE_NAME))
+        if name and key in labels:
+            found.setdefault(name, text_of(labels[key]))
+    for service in objects(services):
+        spec = items(service.get("Spec"))
+        labels = items(spec.get("Labels"))
+        if spec.get("Name") and key in labels:
+            found[text_of(spec["Name"])] = text_of(labels[key])
     return found
 
 

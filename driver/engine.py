@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import msgspec
 
 from driver.answers import (
+    SERVICE_NAME,
     items,
     objects,
     ordered,
     parse_driver_names,
     parse_engine,
     parse_hostnames,
+    parse_labels,
     parse_network,
     text_of,
 )
@@ -137,6 +139,10 @@ class DockerDirectory:
 
     def _object(self, path: str) -> dict[str, Any] | None:
         """The object that answers a GET; None: the engine knows no such thing."""
+        return self._read(path, dict[str, Any])
+
+    def _read(self, path: str, kind: type[T]) -> T | None:
+        """The JSON value that answers a GET; None: the engine knows no such thing."""
         status, body = self._get(path)
         if status == http.HTTPStatus.NOT_FOUND:
             return None
@@ -147,10 +153,10 @@ class DockerDirectory:
                 remedy=_READ_LOG,
             )
         try:
-            return msgspec.json.decode(body, type=dict[str, Any])
+            return msgspec.json.decode(body, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise EngineError(
-                f"the engine answered GET {path} with no object",
+                f"the engine answered GET {path} with another kind of value",
                 cause=str(error),
                 remedy=_READ_LOG,
             ) from error
@@ -210,6 +216,16 @@ class DockerDirectory:
             view = known[1]
         self._known[question] = (plain, view)
         return view
+
+    def labels(self, key: str, *, manager: bool) -> dict[str, str]:
+        containers = self._with_labels("/containers/json", key, SERVICE_NAME)
+        services = self._with_labels("/services", key) if manager else []
+        return parse_labels(key, containers, services)
+
+    def _with_labels(self, path: str, *keys: str) -> list[Any]:
+        """The items of a list that have labels."""
+        filters = msgspec.json.encode({"label": keys}).decode()
+        return self._read(f"{path}?filters={urllib.parse.quote(filters)}", list[Any]) or []
 
     def changed_containers(self) -> Iterator[str]:
         filters = {"type": ["container"], "event": ["start", "health_status"]}

@@ -168,3 +168,19 @@ class ArpFrame:
 VipTable = dict[IPv4Address, tuple[IPv4Address, ...]]
 """VIP → addresses of the tasks that take new connections, sorted; empty: a service without
 tasks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of a VIP's tasks get one container's new connections, where not all do in turn.
+
+    Those in `local` while there are any; or, if `client` is the container's address, one task by
+    its hash (see `balance.py`).
+    """
+
+    local: frozenset[IPv4Address] = frozenset()
+    client: IPv4Address | None = None
+
+
+Choices = dict[IPv4Address, Choice]
+"""By VIP."""

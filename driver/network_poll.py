@@ -14,6 +14,8 @@ from pathlib import Path
 
 import structlog
 
+from driver import options
+from driver.balance import balances
 from driver.dns_tasks import DnsTasks
 from driver.driver import Driver
 from driver.errors import EngineError, FreeFlowError, NotFound
@@ -191,16 +193,19 @@ class NetworkPoll:
         by_list: frozenset[str] = frozenset(),
     ) -> NetworkState:
         shared, now = self._state, self._state.clock()
-        state = replace(next_state(network, view, answers, before, now), by_list=by_list)
-        new_table = state.table is not before.table
-        changed = new_table or view != before.view
+        state = next_state(network, view, answers, before, now)
+        option = options.balance(network.options)
+        found = balances(option, shared.labels, view, state.table, by_list)
+        state = replace(state, by_list=by_list, balances=found)
+        new_rules = state.table is not before.table or found != before.balances
+        changed = new_rules or view != before.view
         with shared.lock:
             if network.id not in shared.schedule.networks():
                 return state
             shared.states[network.id] = state
             if by_list:
                 shared.schedule.list_often(network.id)
-            if new_table or before.seen is None:
+            if new_rules or before.seen is None:
                 shared.schedule.dirty |= set(shared.on_network(network.id))
             if changed:
                 shared.schedule.network_changed(network.id, now)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
 from typing import Final
 
+from driver.balance import BALANCES, EVEN
 from driver.errors import InvalidRequest
 from driver.model import FORMAT as SPOKEN
 
@@ -30,6 +31,7 @@ USER_KEYS: Final = {
     "relay": "on or off: connections to other hosts over TCP between the relays",
     "verbs": "on or off: RDMA verbs",
     "ebpf": "on or off: the eBPF fast path",
+    "balance": "even, local or source: which of a service's tasks its VIP leads to",
     "upgrade_operations": "reads and writes after which a connection moves to shared memory",
 }
 MTU_ALIAS: Final = "com.docker.network.driver.mtu"
@@ -73,6 +75,7 @@ class NetworkOptions:
     relay: bool = True
     verbs: bool = True
     ebpf: bool = True
+    balance: str = EVEN
     upgrade_operations: int | None = None
     own_format: int | None = None
     own_vni: int | None = None
@@ -98,6 +101,15 @@ def _switch(key: str, value: str) -> bool:
     if value.lower() not in _SWITCH:
         raise _invalid(key, value, "neither on nor off", f"for example -o {key}=off")
     return _SWITCH[value.lower()]
+
+
+def balance(options: Mapping[str, str]) -> str:
+    """How a network's VIPs are balanced: one of `BALANCES`. Raises InvalidRequest."""
+    value = options.get("balance", EVEN)
+    if value.lower() not in BALANCES:
+        cause = f"not one of {', '.join(BALANCES)}"
+        raise _invalid("balance", value, cause, "for example -o balance=local")
+    return value.lower()
 
 
 def _ipv6(value: str) -> tuple[bool, IPv6Network | None]:
@@ -225,6 +237,7 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
         relay=relay(options),
         verbs=verbs(options),
         ebpf=ebpf(options),
+        balance=balance(options),
         upgrade_operations=upgrade_operations(options),
         own_format=own_format,
         own_vni=_number(options, VNI, VNI_RANGE),

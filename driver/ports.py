@@ -13,6 +13,7 @@ from typing import Protocol
 
 from driver.model import (
     ArpFrame,
+    Choice,
     Endpoint,
     EngineView,
     IPAddress,
@@ -88,9 +89,22 @@ class Kernel(Protocol):
 class Balancer(Protocol):
     """VIPs in one container's network namespace. Raises `KernelError`."""
 
-    def apply(self, sandbox: Path, table: VipTable) -> bool:
+    def apply(
+        self,
+        sandbox: Path,
+        table: VipTable,
+        choices: Mapping[IPv4Address, Choice] | None = None,
+    ) -> bool:
         """Make the namespace have the VIP rules of `table`; false: there is no such namespace
-        (yet)."""
+        (yet).
+
+        New connections to a VIP in `choices` go to some of its tasks only. Flows to any task of
+        `table` stay.
+        """
+
+    def leads(self, sandbox: Path) -> VipTable:
+        """The tasks of each VIP that get the namespace's new connections, in the order of their
+        turns; without any request to the kernel."""
 
     def forget(self, alive: Iterable[Path]) -> None:
         """Forget namespaces that aren't in `alive`, without any request to the kernel."""
@@ -111,6 +125,10 @@ class Directory(Protocol):
         Without `services` the view has no services and no `others`; with it, engines up to 28 log
         errors.
         """
+
+    def labels(self, key: str, *, manager: bool) -> dict[str, str]:
+        """The values of a label by service name: those of the services, which only managers know,
+        and otherwise of their containers that run on this host."""
 
     def changed_containers(self) -> Iterator[str]:
         """IDs of this host's containers that start, or become healthy or unhealthy.

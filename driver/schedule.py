@@ -23,6 +23,9 @@ COLLECT_EVERY: Final = 30.0
 COLLECT_SOON: Final = 5.0
 """Seconds after a change, which may mean that Docker wants a network that we have lost."""
 ENGINE_EVERY: Final = 30.0
+LABELS_EVERY: Final = 1.5
+"""Seconds between two reads of the labels of services: a change is followed within 2 s."""
+LABELS_RETRY: Final = 10.0
 GAP: Final = 0.1
 """Least seconds between two polls of the same network, whatever happens."""
 EAGER_FOR: Final = 3.0
@@ -39,12 +42,14 @@ _NEVER: Final = float("-inf")
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """What is to be done now: networks to poll, sandboxes to write, the engine, a collection."""
+    """What is to be done now: networks to poll, sandboxes to write, the engine, a collection, the
+    labels of services."""
 
     networks: tuple[str, ...]
     sandboxes: frozenset[Path]
     engine: bool
     collection: bool
+    labels: bool
 
 
 @dataclass(slots=True)
@@ -79,6 +84,8 @@ class Schedule:
         """Sandboxes that Docker has announced and not made yet, each with the end of patience."""
         self._engine_due = _NEVER
         self._engine_busy = False
+        self._labels_due = _NEVER
+        self._labels_busy = False
         self._collection_due = _NEVER
         self._collected = _NEVER
         self._collecting = False
@@ -99,13 +106,17 @@ class Schedule:
         self._engine_busy |= engine
         collection = engine_answers and self.collection_is_due(now)
         self._collecting |= collection
-        return Due(self._take_networks(now), frozenset(paths), engine, collection)
+        labels = self.labels_are_due(now)
+        self._labels_busy |= labels
+        return Due(self._take_networks(now), frozenset(paths), engine, collection, labels)
 
     def next(self, now: float) -> float:
         """When something will be due."""
         times = [self._roster_due(), self._engine_due, self._repair_due]
         times += [network.due for network in self._networks.values()]
         times += [self._may_write(path) for path in self.dirty - self._writing]
+        if self._networks and not self._labels_busy:
+            times.append(self._labels_due)
         if self.awaited:
             times.append(now + SANDBOX_RETRY)
         return min(times)
@@ -222,6 +233,13 @@ class Schedule:
     def engine_polled(self, now: float, *, answered: bool) -> None:
         self._engine_due = now + (ENGINE_EVERY if answered else max(self._interval, GAP))
         self._engine_busy = False
+
+    def labels_are_due(self, now: float) -> bool:
+        return bool(self._networks) and now >= self._labels_due and not self._labels_busy
+
+    def labels_read(self, now: float, *, answered: bool) -> None:
+        self._labels_due = now + (LABELS_EVERY if answered else LABELS_RETRY)
+        self._labels_busy = False
 
     def collection_is_due(self, now: float) -> bool:
         return now >= self._collection_due and not self._collecting

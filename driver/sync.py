@@ -27,9 +27,10 @@ import structlog
 
 from driver.driver import Driver
 from driver.errors import FreeFlowError, KernelError
-from driver.model import Endpoint, EngineView
+from driver.model import Endpoint, EngineView, VipTable
 from driver.network_poll import EngineWatch, NetworkPoll
 from driver.ports import Balancer, Directory, TaskResolver
+from driver.service_labels import ServiceLabels
 from driver.sync_state import SyncState
 from driver.vip_table import NetworkState
 from driver.vip_writer import VipWriter
@@ -69,6 +70,7 @@ class Syncer:
         self._collect = collect
         self._state = SyncState(sandboxes, interval, clock)
         self._engine = EngineWatch(directory, self._state, engine_seen)
+        self._labels = ServiceLabels(directory, self._state, self._engine, self._wake)
         self._poll = NetworkPoll(
             self._state, driver, directory, resolver, self._engine, self._wake, changed
         )
@@ -92,6 +94,10 @@ class Syncer:
         """By network ID."""
         with self._state.lock:
             return dict(self._state.states)
+
+    def leads(self, sandbox: Path) -> VipTable:
+        """The tasks of each VIP that get a sandbox's new connections."""
+        return self._writer.balancer.leads(sandbox)
 
     def vip_errors(self) -> dict[Path, KernelError]:
         """Sandboxes whose VIP rules could not be written, and why."""
@@ -177,6 +183,8 @@ class Syncer:
             self._submit(self._writers, partial(self._write_dirty, path))
         for network_id in due.networks:
             self._submit(self._pollers, partial(self._poll.poll, network_id))
+        if due.labels:
+            self._submit(self._pollers, self._labels.poll)
         if due.collection:
             self._submit(self._pollers, self._run_collect)
         with state.lock:
@@ -189,6 +197,8 @@ class Syncer:
         self._read_roster(now)
         if schedule.engine_is_due(now):
             self._engine.poll()
+        if schedule.labels_are_due(now):
+            self._labels.poll()
         for network_id in schedule.networks():
             self._poll.poll(network_id)
         with state.lock:

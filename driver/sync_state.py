@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
-from driver.model import Endpoint, Network, VipTable
+from driver.balance import LOCAL, SOURCE
+from driver.model import Choice, Choices, Endpoint, Network, VipTable
 from driver.schedule import SANDBOX_PATIENCE, Schedule
 from driver.vip_table import NetworkState
 
@@ -33,6 +35,8 @@ class SyncState:
         """The networks of each sandbox."""
         self.states: dict[str, NetworkState] = {}
         """Last known state by network ID."""
+        self.labels: dict[str, str] = {}
+        """How services want to be balanced, by service name: see `balance.py`."""
         self._folder = sandboxes
         self._started = clock()
         self._young: set[Path] = set()
@@ -128,3 +132,23 @@ class SyncState:
             if not complete and path not in self._young and starting:
                 return None
         return table
+
+    def choices(self, path: Path) -> Choices:
+        """Which tasks of a VIP a sandbox prefers, for VIPs that aren't balanced evenly."""
+        found: Choices = {}
+        with self.lock:
+            for network_id in sorted(self.homes.get(path, ())):
+                state = self.states.get(network_id)
+                for vip, balance in state.balances.items() if state is not None else ():
+                    if balance.kind == LOCAL:
+                        found[vip] = Choice(local=balance.local)
+                    elif balance.kind == SOURCE:
+                        found[vip] = Choice(client=self._address(network_id, path))
+        return found
+
+    def _address(self, network_id: str, path: Path) -> IPv4Address | None:
+        """A sandbox's address on a network."""
+        for endpoint in self.endpoints.get(network_id, ()):
+            if endpoint.ipv4 is not None and self.sandbox(endpoint) == path:
+                return endpoint.ipv4.ip
+        return None

@@ -1,9 +1,10 @@
 """VIPs: rules in each container's namespace translate a service's virtual address to a task's.
 
 `table ip freeflow` there has a chain per service, found by one lookup of the destination. The chain
-takes the tasks in turn (numgen), and conntrack keeps a connection with its task. A service without
-tasks refuses new connections. Each change of the table is one transaction, so a container is never
-without rules.
+takes the tasks in turn (numgen), and conntrack keeps a connection with its task. If a service isn't
+balanced evenly, the chain has only the tasks that the container prefers (`balance.py`). A service
+without tasks refuses new connections. Each change of the table is one transaction, so a container
+is never without rules.
 
 Conntrack also keeps entries that are wrong: a flow that began before the VIP had rules stays
 untranslated as long as it sends packets, and a UDP flow stays with a task that has left. Such
@@ -22,7 +23,7 @@ import itertools
 import secrets
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -30,13 +31,14 @@ from typing import Final
 
 import structlog
 
+from driver.balance import chosen
 from driver.errors import KernelError
 from driver.kernel import flows
 from driver.kernel import nf_tables as nf
 from driver.kernel.namespace import in_netns, is_namespace
 from driver.kernel.nf_tables import Batch, Hook
 from driver.locks import KeyedLocks
-from driver.model import VipTable
+from driver.model import Choice, Choices, VipTable
 
 log = structlog.get_logger()
 
@@ -189,12 +191,13 @@ def write_change(batch: Batch, old: VipTable, new: VipTable) -> None:
 class _Applied:
     """The rules of a namespace. `inode` tells it from a later namespace under the same path.
 
-    `order`: the table's tasks in the order of their turns. `complete`: the set `DATAGRAMS` has
-    existed since the namespace's first rule.
+    `order`: the tasks that get new connections, in the order of their turns. `complete`: the set
+    `DATAGRAMS` has existed since the namespace's first rule.
     """
 
     inode: int
     table: VipTable
+    choices: Choices
     order: VipTable
     complete: bool
 
@@ -210,7 +213,13 @@ class NftBalancer:
         self._locks = KeyedLocks()
         self._applied: dict[Path, _Applied] = {}
 
-    def apply(self, sandbox: Path, table: VipTable) -> bool:
+    def apply(
+        self,
+        sandbox: Path,
+        table: VipTable,
+        choices: Mapping[IPv4Address, Choice] | None = None,
+    ) -> bool:
+        wanted = dict(choices or {})
         with self._locks.hold(str(sandbox)):
             before = self._applied.get(sandbox)
             try:
@@ -220,7 +229,7 @@ class NftBalancer:
                 return False
             if before is not None and before.inode != inode:
                 before = None
-            if before is not None and before.table == table:
+            if before is not None and (before.table, before.choices) == (table, wanted):
                 return True
             # Docker creates the file first and mounts the namespace there later.
             if not is_namespace(sandbox):
@@ -228,15 +237,19 @@ class NftBalancer:
                 return False
             try:
                 first = next(self._turns)
-                order = arrange(before.order if before is not None else {}, table, first)
-                complete = in_netns(sandbox, lambda: _bring(before, order))
+                order, complete = in_netns(sandbox, lambda: _bring(before, table, wanted, first))
             except KernelError:
                 self._remember(sandbox, None)
                 if not is_namespace(sandbox):
                     return False
                 raise
-            self._remember(sandbox, _Applied(inode, dict(table), order, complete))
+            self._remember(sandbox, _Applied(inode, dict(table), wanted, order, complete))
         return True
+
+    def leads(self, sandbox: Path) -> VipTable:
+        with self._guard:
+            applied = self._applied.get(sandbox)
+        return {} if applied is None else applied.order
 
     def forget(self, alive: Iterable[Path]) -> None:
         keep = set(alive)
@@ -251,15 +264,34 @@ class NftBalancer:
                 self._applied[sandbox] = applied
 
 
-def _bring(before: _Applied | None, new: VipTable) -> bool:
-    """Make the calling thread's namespace have the rules of `new`; returns `_Applied.complete`."""
+def _kept(before: _Applied | None, choices: Choices) -> dict[IPv4Address, IPv4Address]:
+    """The one task that each VIP has led to so far, for VIPs that are balanced by source.
+
+    After a restart of the plugin the calling thread's namespace knows it.
+    """
+    vips = [vip for vip, choice in choices.items() if choice.client is not None]
+    if before is None:
+        pairs = {vip: [nf.turn_of(TABLE, _turns(vip), number) for number in (0, 1)] for vip in vips}
+        return {vip: task for vip, (task, more) in pairs.items() if task and not more}
+    return {vip: tasks[0] for vip in vips if len(tasks := before.order.get(vip, ())) == 1}
+
+
+def _bring(
+    before: _Applied | None, table: VipTable, choices: Choices, first: int
+) -> tuple[VipTable, bool]:
+    """Make the calling thread's namespace have the rules of `table` and `choices`.
+
+    Returns `order` and `complete` of `_Applied`; `first`: see `arrange`.
+    """
     old: VipTable = before.order if before is not None else {}
+    known: VipTable = before.table if before is not None else {}
     complete = before is None or before.complete
+    new = arrange(old, chosen(table, choices, _kept(before, choices)), first)
     # VIPs whose flows may be stale; the set is read before the change may remove it.
     departed = {
         vip
-        for vip in old
-        if set(old[vip]) - set(new.get(vip, ())) or (new.get(vip) and not old[vip])
+        for vip in known
+        if set(known[vip]) - set(table.get(vip, ())) or (table.get(vip) and not known[vip])
     }
     suspects = set(departed)
     if complete and len(departed) <= FEW:
@@ -276,11 +308,11 @@ def _bring(before: _Applied | None, new: VipTable) -> bool:
     else:
         suspects |= flows.tried({vip for vip in new if new[vip] and vip not in old})
     try:
-        flows.forget_stale({vip: new.get(vip, ()) for vip in suspects})
+        flows.forget_stale({vip: table.get(vip, ()) for vip in suspects})
     except KernelError as error:
         # The new rules hold for new connections in any case.
         log.warning("stale flows to VIPs not deleted", reason=str(error))
-    return complete or not new
+    return new, complete or not new
 
 
 def _change(old: VipTable, new: VipTable) -> bool:

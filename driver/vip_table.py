@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import Final
 
+from driver.balance import Balance
 from driver.model import Network, NetworkView, Service, VipTable
 
 KEEP_REFUSING: Final = 60.0
@@ -22,7 +23,7 @@ class NetworkState:
     is no newer one. `table` maps VIPs to tasks. `vanished` VIPs have no service any more, since the
     given time. `idle` services have only tasks that take no connections, since the given time.
     `unlisted` and `unknown`: see the functions. For services in `by_list` only the engine's list
-    names the tasks.
+    names the tasks. `balances`: see `balance.balances`.
     """
 
     view: NetworkView | None = None
@@ -34,6 +35,7 @@ class NetworkState:
     unlisted: frozenset[IPv4Address] = frozenset()
     unknown: frozenset[str] = frozenset()
     by_list: frozenset[str] = frozenset()
+    balances: dict[IPv4Address, Balance] = field(default_factory=dict)
 
     def resting(self, before: float) -> frozenset[Service]:
         """Services, with exactly these tasks, that have been idle since before a time."""

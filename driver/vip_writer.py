@@ -40,11 +40,12 @@ class VipWriter:
     def write(self, path: Path) -> None:
         """Write what is known now, if enough is."""
         state = self.state
-        table = state.vip_table(path)
+        with state.lock:
+            table, choices = state.vip_table(path), state.choices(path)
         if table is None:
             return
         try:
-            there = self.balancer.apply(path, table)
+            there = self.balancer.apply(path, table, choices)
         except KernelError as error:
             with state.lock:
                 before = self._errors.get(path)

@@ -93,6 +93,16 @@ def send_each(kind: int, family: int, requests: Iterable[bytes]) -> int:
     return done
 
 
+def one(kind: int, family: int, *parts: bytes) -> bytes:
+    """The attributes of one object.
+
+    Raises:
+        OSError: it doesn't exist, or the kernel refused for another reason.
+    """
+    with contextlib.closing(Netlink(open_socket())) as netlink:
+        return netlink.get(kind, FAMILY.pack(family, 0, 0) + b"".join(parts))[FAMILY.size :]
+
+
 def exists(kind: int, family: int, *parts: bytes) -> bool:
     """Whether an object exists.
 

@@ -32,7 +32,7 @@ from dataplane.nlmsg import (
     nest,
 )
 from driver.errors import DOCTOR, KernelError, reporting
-from driver.kernel.netfilter import FAMILY, IPV4, answers, dump, exists, open_socket
+from driver.kernel.netfilter import FAMILY, IPV4, answers, dump, exists, one, open_socket
 
 MOST: Final = 4096
 """Messages that are read of one answer. A container with more is treated as if it had a match."""
@@ -338,6 +338,18 @@ def has_address(table: str, name: str, address: IPv4Address) -> bool:
         return exists(_SUBSYSTEM | _GETSETELEM, IPV4, _text(1, table), _text(2, name), element)
     except OSError:
         return False
+
+
+def turn_of(table: str, name: str, number: int) -> IPv4Address | None:
+    """The address that a map of an IPv4 table has for a number; None: it has none."""
+    element = nest(3, nest(1, _value(1, struct.pack("=I", number))))
+    try:
+        found = one(_SUBSYSTEM | _GETSETELEM, IPV4, _text(1, table), _text(2, name), element)
+        for kind in (3, 1, 2, 1):
+            found = dict(attributes(found))[kind]
+        return IPv4Address(found)
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from driver.balance import favourite
 from driver.kernel import nft
 from driver.kernel.namespace import in_netns
-from driver.model import VipTable
+from driver.model import Choice, VipTable
 from driver.vip import NftBalancer
 from testbed.patience import patience, within
 from tests.kernel.vip_hosts import PORT, VIP, Container, World, address, ask, world
@@ -357,3 +358,89 @@ def test_thousand_vips(three: World, balancer: NftBalancer) -> None:
     assert whole < within(5)
     assert change < within(1)
     assert _streams(three.client, 4) == {str(address(0)): 2, str(address(1)): 2}
+
+
+# --- balance
+
+
+def _local(world_: World, *numbers: int) -> dict[IPv4Address, Choice]:
+    """These tasks are on the client's host."""
+    return {VIP: Choice(local=frozenset(world_.addresses[number] for number in numbers))}
+
+
+def test_local_tasks_get_the_connections(three: World, balancer: NftBalancer) -> None:
+    """New connections, UDP flows and pings go to local tasks while there are any, else to all: when
+    they are there, are lost, and come back."""
+    path, client = three.client.path, three.client
+    first = {str(three.addresses[0]): 6}
+    assert balancer.apply(path, {VIP: three.addresses}, _local(three, 0))
+    assert balancer.leads(path) == {VIP: three.addresses[:1]}
+    assert _streams(client, 6) == first
+    assert _datagrams(client, 6) == first
+    assert all(client.ping(VIP, identifier) for identifier in range(1, 4))
+    assert [task.pings_answered() for task in three.tasks] == [3, 0, 0]
+    assert balancer.apply(path, {VIP: three.addresses[1:]}, _local(three))
+    assert _streams(client, 6) == {str(task): 3 for task in three.addresses[1:]}
+    assert balancer.apply(path, {VIP: three.addresses}, _local(three))
+    assert _streams(client, 6) == _even(three, 2)
+    assert balancer.apply(path, {VIP: three.addresses}, _local(three, 0))
+    assert _streams(client, 6) == first
+    assert balancer.apply(path, {VIP: three.addresses})
+    assert _streams(client, 6) == _even(three, 2)
+
+
+def test_flows_to_other_hosts_stay(three: World, balancer: NftBalancer) -> None:
+    """Connections and UDP flows to a task elsewhere stay when a local one comes; the flows move
+    when their task leaves."""
+    path, client = three.client.path, three.client
+    near, far = str(three.addresses[0]), str(three.addresses[1])
+    balancer.apply(path, {VIP: three.addresses[1:2]}, _local(three))
+    with client.connect(VIP) as stream, client.udp(VIP) as flow:
+        assert (ask(stream), ask(flow)) == (far, far)
+        balancer.apply(path, {VIP: three.addresses[:2]}, _local(three, 0))
+        assert _streams(client, 2) == {near: 2}
+        assert (ask(stream), ask(flow)) == (far, far)
+        balancer.apply(path, {VIP: three.addresses[:1]}, _local(three, 0))
+        assert (ask(stream), ask(flow)) == (far, near)
+
+
+def test_a_client_keeps_its_task(three: World, balancer: NftBalancer) -> None:
+    """A client's connections and flows all go to one task, while others come and go, and after a
+    restart of the plugin; when its task has left, all go to another."""
+    path, client = three.client.path, three.client
+    choice = {VIP: Choice(client=client.address)}
+    balancer.apply(path, {VIP: three.addresses[1:]}, choice)
+    (own,) = balancer.leads(path)[VIP]
+    (other,) = set(three.addresses[1:]) - {own}
+    tables = (three.addresses, (three.addresses[0], own), (own,), three.addresses)
+    with client.connect(VIP) as stream, client.udp(VIP) as flow:
+        for table in tables:
+            for each in (balancer, NftBalancer()):
+                assert each.apply(path, {VIP: tuple(sorted(table))}, choice)
+                assert each.leads(path) == {VIP: (own,)}
+                assert _streams(client, 3) == {str(own): 3}
+                assert _datagrams(client, 3) == {str(own): 3}
+                assert (ask(stream), ask(flow)) == (str(own), str(own))
+                balancer = each
+        balancer.apply(path, {VIP: (other,)}, choice)
+        assert (ask(stream), ask(flow)) == (str(own), str(other))
+    balancer.apply(path, {VIP: ()}, choice)
+    with pytest.raises(ConnectionRefusedError):
+        client.connect(VIP)
+    balancer.apply(path, {VIP: three.addresses}, choice)
+    assert set(_streams(client, 3).values()) == {3}
+
+
+def test_a_client_that_had_all_tasks_gets_its_own(three: World) -> None:
+    """A VIP that becomes balanced by source gives each client the task of its hash, also if an
+    earlier plugin process wrote the rules."""
+    path, client = three.client.path, three.client
+    choice = {VIP: Choice(client=client.address)}
+    own = str(favourite(client.address, three.addresses))
+    for again in (False, True):
+        balancer = NftBalancer()
+        balancer.apply(path, {VIP: three.addresses})
+        chosen = NftBalancer() if again else balancer
+        chosen.apply(path, {VIP: three.addresses}, choice)
+        assert _streams(client, 3) == {own: 3}
+        chosen.apply(path, {})

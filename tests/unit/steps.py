@@ -201,6 +201,10 @@ class FakeDirectory:
             raise EngineError("GET /networks: connection refused")
         return frozenset(self.views)
 
+    def labels(self, key: str, *, manager: bool) -> dict[str, str]:
+        del key, manager
+        return {}
+
     def changed_containers(self) -> Iterator[str]:
         return iter(())
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from driver.answers import ordered, parse_engine, parse_hostnames, parse_network
+from driver.answers import (
+    SERVICE_NAME,
+    ordered,
+    parse_engine,
+    parse_hostnames,
+    parse_labels,
+    parse_network,
+)
 
 DATA = Path(__file__).parent / "data"
 ENGINES = ("20.10", "26.1", "28.5")
@@ -99,3 +106,28 @@ def test_answers_of_another_shape_are_empty_views(wrong: dict[str, Any]) -> None
     view = parse_network(wrong)
     assert view.peers == ()
     assert view.services == ()
+
+
+def test_labels_of_services() -> None:
+    """A service's own label counts before those of its containers, of which the first counts."""
+
+    def container(service: str, value: str) -> dict[str, object]:
+        return {"Labels": {SERVICE_NAME: service, "balance": value}}
+
+    containers = [
+        container("web", "local"),
+        container("web", "even"),
+        container("db", "even"),
+        {"Labels": {"balance": "local"}},
+        {"Labels": {SERVICE_NAME: "api"}},
+        {"Labels": None},
+        7,
+    ]
+    services = [
+        {"Spec": {"Name": "db", "Labels": {"balance": "source"}}},
+        {"Spec": {"Name": "api", "Labels": {}}},
+        {"Spec": {"Labels": {"balance": "source"}}},
+        {},
+    ]
+    assert parse_labels("balance", containers, services) == {"web": "local", "db": "source"}
+    assert parse_labels("balance", None, {"message": "no leader"}) == {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from driver.answers import SERVICE_NAME
 from driver.engine import DockerDirectory
 from driver.errors import EngineError
 from tests.unit.sockets import engine, served
@@ -19,6 +20,8 @@ ANSWERS: dict[str, Any] = {
     "/v1.41/networks/n1": NETWORK,
     "/v1.41/networks/list": [],
     "/v1.41/networks/failing": 500,
+    "/v1.41/containers/json": [{"Labels": {SERVICE_NAME: "web", "balance": "local"}}],
+    "/v1.41/services": [{"Spec": {"Name": "web", "Labels": {"balance": "even"}}}],
     "/v1.41/containers/c1/json": {"NetworkSettings": {"SandboxKey": KEY}},
     "/v1.41/containers/new/json": {"NetworkSettings": {"SandboxKey": ""}},
 }
@@ -52,3 +55,19 @@ def test_where_a_sandbox_is(directory: DockerDirectory) -> None:
     assert directory.sandbox_key("c1") == KEY
     assert directory.sandbox_key("new") is None
     assert directory.sandbox_key("none") is None
+
+
+def test_labels(directory: DockerDirectory) -> None:
+    """Labels are those of services on a manager, and of containers elsewhere."""
+    assert directory.labels("balance", manager=True) == {"web": "even"}
+    assert directory.labels("balance", manager=False) == {"web": "local"}
+
+
+def test_labels_of_a_swarm_without_a_leader(tmp_path: Path) -> None:
+    """An engine that can't list services is a failure, not an engine without labels."""
+    answers = {name: 503 if name.endswith("/services") else it for name, it in ANSWERS.items()}
+    with served(engine(answers), tmp_path / "docker.sock") as path:
+        directory = DockerDirectory(path)
+        assert directory.labels("balance", manager=False) == {"web": "local"}
+        with pytest.raises(EngineError):
+            directory.labels("balance", manager=True)

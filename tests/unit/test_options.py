@@ -39,10 +39,12 @@ def test_user_options() -> None:
             "rdma": "off",
             "relay": "off",
             "verbs": "off",
+            "balance": "Local",
             "upgrade_operations": "16",
         }
     )
     assert parsed.upgrade_operations == 16
+    assert parsed.balance == "local"
     assert not parsed.rdma
     assert not parsed.relay
     assert not parsed.verbs
@@ -89,6 +91,7 @@ def test_mtu_by_both_names() -> None:
         ("rdma", "auto"),
         ("relay", "tcp"),
         ("verbs", "rxe"),
+        ("balance", "near"),
         ("upgrade_operations", "0"),
         ("upgrade_operations", "many"),
     ],

@@ -13,6 +13,8 @@ from driver.schedule import (
     EAGER_FOR,
     ENGINE_EVERY,
     GAP,
+    LABELS_EVERY,
+    LABELS_RETRY,
     QUIET_AFTER,
     QUIET_INTERVAL,
     SANDBOX_RETRY,
@@ -123,6 +125,21 @@ def test_the_engine_is_polled_soon_after_a_failure(schedule: Schedule) -> None:
     assert not take(schedule, ENGINE_EVERY + 10).engine
     schedule.engine_polled(100.0, answered=False)
     assert take(schedule, 100.0 + INTERVAL).engine
+
+
+def test_labels_are_read_while_there_are_networks(schedule: Schedule) -> None:
+    """Labels are read regularly while a network has endpoints here, by one thread, and rarely
+    after a failure."""
+    assert not take(schedule, 0.0).labels
+    schedule.add_network("n", 1.0)
+    assert take(schedule, 1.0).labels
+    assert not take(schedule, 100.0).labels
+    schedule.labels_read(100.0, answered=True)
+    assert not take(schedule, 100.0 + LABELS_EVERY - 0.1).labels
+    assert take(schedule, 100.0 + LABELS_EVERY).labels
+    schedule.labels_read(200.0, answered=False)
+    assert not take(schedule, 200.0 + LABELS_RETRY - 0.1).labels
+    assert take(schedule, 200.0 + LABELS_RETRY).labels
 
 
 def test_a_change_brings_the_collection_forward(schedule: Schedule) -> None:

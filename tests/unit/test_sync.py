@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from driver.balance import LABEL, chosen, favourite
 from driver.dns_tasks import REST_AFTER
 from driver.errors import EngineError, KernelError, NotFound
 from driver.flood_list import REPAIR_EVERY
 from driver.model import (
+    Choice,
+    Choices,
     Endpoint,
     EngineView,
     IPAddress,
+    LocalContainer,
     NetworkView,
     Peer,
     Service,
@@ -64,6 +68,8 @@ class FakeEngine:
         self.down = False
         self.asked: list[tuple[str, bool]] = []
         self.view = engine_view(node_address=None)
+        self.wanted: dict[str, str] = {}
+        """How services want to be balanced."""
 
     def engine(self) -> EngineView:
         if self.down:
@@ -83,6 +89,12 @@ class FakeEngine:
         if found is None or services:
             return found
         return replace(found, services=(), others=frozenset())
+
+    def labels(self, key: str, *, manager: bool) -> dict[str, str]:
+        if self.down:
+            raise EngineError("GET /services: connection refused")
+        assert manager == self.view.manager
+        return self.wanted if key == LABEL else {}
 
     def changed_containers(self) -> Iterator[str]:
         return iter(())
@@ -116,26 +128,33 @@ class FakeDns:
 
 
 class FakeBalancer:
-    """A `ports.Balancer` with the `tables` of sandboxes and the number of `writes`; only those in
-    `there` are writable.
+    """A `ports.Balancer` with the `tables` and `choices` of sandboxes and the number of `writes`;
+    only those in `there` are writable.
     """
 
     def __init__(self) -> None:
         self.there: set[Path] = set()
         self.tables: dict[Path, VipTable] = {}
+        self.choices: dict[Path, Choices] = {}
         self.writes = 0
         self.broken: set[Path] = set()
         self.alive: set[Path] = set()
 
-    def apply(self, sandbox: Path, table: VipTable) -> bool:
+    def apply(
+        self, sandbox: Path, table: VipTable, choices: Mapping[IPv4Address, Choice] | None = None
+    ) -> bool:
         if sandbox in self.broken:
             raise KernelError("nftables: no such file")
         if sandbox not in self.there:
             return False
-        if self.tables.get(sandbox) != table:
+        if (self.tables.get(sandbox), self.choices.get(sandbox)) != (table, choices):
             self.writes += 1
             self.tables[sandbox] = dict(table)
+            self.choices[sandbox] = dict(choices or {})
         return True
+
+    def leads(self, sandbox: Path) -> VipTable:
+        return chosen(self.tables.get(sandbox, {}), self.choices.get(sandbox, {}), {})
 
     def forget(self, alive: Iterable[Path]) -> None:
         self.alive = set(alive)
@@ -694,3 +713,97 @@ def test_errors_of_one_network(host: Host) -> None:
     assert host.balancer.tables[sandbox] == BOTH
     assert host.syncer.state()[NET].error == "no device"
     assert host.syncer.engine()[1] is None
+
+
+# --- balance
+
+
+def here(host: Host, *numbers: int) -> None:
+    """The engine lists the containers of these tasks on this host from now on."""
+    view = host.engine.views[NET]
+    containers = (
+        LocalContainer(f"c{n}", f"web.{n}", endpoint_id(n), IPv4Interface(f"10.0.4.{n}/24"))
+        for n in numbers
+    )
+    host.engine.views[NET] = replace(view, containers=tuple(containers))
+
+
+def balanced(host: Host, balance: str) -> None:
+    """The network has this option from now on."""
+    (network,) = host.driver.store.networks()
+    host.driver.store.put_network(replace(network, options={"balance": balance}))
+
+
+def test_local_tasks_come_first(host: Host) -> None:
+    """With balance=local, this host's tasks that take connections get them, else all: when they
+    start, while they are starting, are lost, and come back."""
+    balanced(host, "local")
+    sandbox = host.join(20)
+    host.look()
+    assert host.balancer.leads(sandbox) == BOTH
+    here(host, 8)
+    host.dns.active["web"] = frozenset({at(7)})
+    host.look()
+    assert host.balancer.leads(sandbox) == {VIP: (at(7),)}
+    host.dns.active["web"] = frozenset({at(7), at(8)})
+    host.look()
+    assert host.balancer.leads(sandbox) == {VIP: (at(8),)}
+    assert host.balancer.tables[sandbox] == BOTH
+    here(host)
+    host.look()
+    assert host.balancer.leads(sandbox) == BOTH
+    here(host, 8)
+    host.look()
+    assert host.balancer.leads(sandbox) == {VIP: (at(8),)}
+
+
+def test_labels_of_services_are_followed(host: Host) -> None:
+    """A service's label takes precedence over the network's option, and a change of it is followed
+    within 2 s; while the engine doesn't tell labels, they stay."""
+    sandbox = host.join(20)
+    here(host, 8)
+    host.look()
+    assert host.balancer.leads(sandbox) == BOTH
+    host.engine.wanted = {"web": "Local"}
+    host.look(2.0)
+    assert host.balancer.leads(sandbox) == {VIP: (at(8),)}
+    host.engine.down = True
+    host.look(2.0)
+    assert host.balancer.leads(sandbox) == {VIP: (at(8),)}
+    host.engine.down = False
+    host.engine.wanted = {}
+    host.look(20.0)
+    assert host.balancer.leads(sandbox) == BOTH
+    balanced(host, "local")
+    host.syncer.wake()
+    host.look(2.0)
+    assert host.balancer.leads(sandbox) == {VIP: (at(8),)}
+    host.engine.wanted = {"web": "even"}
+    host.look(2.0)
+    assert host.balancer.leads(sandbox) == BOTH
+
+
+def test_a_client_has_one_task(host: Host) -> None:
+    """With balance=source a container's connections go to one task, by the container's address."""
+    balanced(host, "source")
+    sandboxes = {number: host.join(number) for number in range(20, 40)}
+    host.look()
+    for number, sandbox in sandboxes.items():
+        assert host.balancer.leads(sandbox) == {VIP: (favourite(at(number), BOTH[VIP]),)}
+    assert {host.balancer.leads(sandbox)[VIP] for sandbox in sandboxes.values()} == {
+        (at(7),),
+        (at(8),),
+    }
+
+
+def test_unchanged_balance_is_not_written_again(host: Host) -> None:
+    """Polls without a change write nothing, whatever the balance."""
+    balanced(host, "local")
+    host.join(20)
+    here(host, 8)
+    for _ in range(3):
+        host.look()
+    writes = host.balancer.writes
+    for _ in range(3):
+        host.look()
+    assert host.balancer.writes == writes
