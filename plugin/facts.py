@@ -14,7 +14,7 @@ from driver.errors import KernelError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
-from driver.model import Endpoint, EngineView, IPAddress
+from driver.model import Endpoint, EngineView, IPAddress, VipTable
 from driver.sync import NetworkState
 
 
@@ -60,3 +60,5 @@ class SyncFacts(Protocol):
     def vip_errors(self) -> Mapping[Path, KernelError]: ...
 
     def sandbox(self, endpoint: Endpoint) -> Path | None: ...
+
+    def leads(self, sandbox: Path) -> VipTable: ...

@@ -25,6 +25,7 @@ from plugin.calls import CallStatistics
 from plugin.deaths import Deaths
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
 from plugin.paths import FAST, OVERLAY, PATHS, relabel
+from plugin.services import service_status
 from plugin.settings import HIDDEN, SETTINGS, Settings
 from plugin.status import (
     EndpointStatus,
@@ -35,7 +36,6 @@ from plugin.status import (
     NetworkStatus,
     PeerStatus,
     RouterStatus,
-    ServiceStatus,
     Status,
 )
 from plugin.totals import Counts, Totals
@@ -214,14 +214,11 @@ class Snapshot:
         engine, _ = self.syncer.engine()
         hostnames = engine.hostnames if engine else {}
         containers = {item.endpoint_id: item.name for item in view.containers} if view else {}
-        services = []
-        for service in view.services if view else ():
-            if service.vip is None:
-                tasks = [str(task.address) for task in service.tasks]
-            else:
-                tasks = [str(address) for address in state.table.get(service.vip, ())]
-            by_list = service.name in state.by_list
-            services.append(ServiceStatus(service.name, str(service.vip or ""), tasks, by_list))
+        clients = {
+            containers.get(endpoint.id) or endpoint.id[:12]: self.syncer.leads(path)
+            for endpoint, _ in endpoints
+            if (path := self.syncer.sandbox(endpoint)) is not None
+        }
         return NetworkStatus(
             id=network.id,
             name=view.name if view else "",
@@ -244,7 +241,10 @@ class Snapshot:
                 )
                 for peer in (view.peers if view else ())
             ],
-            services=services,
+            services=[
+                service_status(service, state, clients)
+                for service in (view.services if view else ())
+            ],
             synced=None if state.seen is None else round(now - state.seen, 1),
             error=state.error or "",
         )

@@ -64,12 +64,19 @@ class ServiceStatus(msgspec.Struct, frozen=True):
 
     `by_list`: Docker's DNS doesn't tell which tasks do, since its answer is too large or doesn't
     come; `tasks` are those that the engine lists.
+
+    `balance` of the VIP is even, local or source. `here` are the tasks that new connections of this
+    host's containers get, `why` these; with `source`, `clients` has the task of each container.
     """
 
     name: str
     vip: str
     tasks: list[str]
     by_list: bool = False
+    balance: str = "even"
+    here: list[str] = []
+    clients: dict[str, str] = {}
+    why: str = ""
 
 
 class NetworkStatus(msgspec.Struct, frozen=True):

@@ -11,10 +11,19 @@ from typing import Final
 from dataplane.control import Connections, PeerFact, RdmaFacts, RelayFacts, VerbsFacts, VerbsObjects
 from plugin.cli.table import amount, table
 from plugin.cli.terminal import shown_all
-from plugin.status import Finding, NetworkStatus, RouterStatus, Status, relay_cpu
+from plugin.status import (
+    Finding,
+    NetworkStatus,
+    RouterStatus,
+    ServiceStatus,
+    Status,
+    relay_cpu,
+)
 
 _SHOWN: Final = 32
 """Limit of the tasks shown for a service; --json has them all."""
+_CLIENTS: Final = 8
+"""The same of the containers of this host."""
 
 
 def verdict(status: Status) -> str:
@@ -207,9 +216,9 @@ def _network(network: NetworkStatus) -> str:
             "  peers: " + ", ".join(f"{peer.name} {peer.address}".strip() for peer in others) + "\n"
         )
     text += table(
-        ("SERVICE", "VIP", "TASKS"),
+        ("SERVICE", "VIP", "FROM THIS HOST", "TASKS"),
         [
-            (service.name, service.vip or "dnsrr", _tasks(service.tasks))
+            (service.name, service.vip or "dnsrr", _from_here(service), _tasks(service.tasks))
             for service in network.services
         ],
     )
@@ -219,6 +228,20 @@ def _network(network: NetworkStatus) -> str:
 def _tasks(tasks: list[str]) -> str:
     rest = f" and {len(tasks) - _SHOWN} more" if len(tasks) > _SHOWN else ""
     return (", ".join(tasks[:_SHOWN]) or "none") + rest
+
+
+def _from_here(service: ServiceStatus) -> str:
+    """Which tasks a container of this host gets, and why."""
+    if not service.vip or not service.tasks:
+        return "-"
+    if service.balance == "source":
+        pairs = [f"{name} gets {task}" for name, task in service.clients.items()]
+        rest = f" and {len(pairs) - _CLIENTS} more" if len(pairs) > _CLIENTS else ""
+        text = (", ".join(pairs[:_CLIENTS]) or "one task for each container") + rest
+    else:
+        every = service.balance == "even" or service.here == service.tasks
+        text = "all" if every else _tasks(service.here)
+    return f"{text} ({service.balance}{f': {service.why}' if service.why else ''})"
 
 
 def findings(problems: Iterable[Finding]) -> str:

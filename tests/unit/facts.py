@@ -20,7 +20,7 @@ from driver.errors import FreeFlowError, KernelError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
-from driver.model import Endpoint, EngineView, IPAddress
+from driver.model import Endpoint, EngineView, IPAddress, VipTable
 from driver.sync import NetworkState
 
 SANDBOXES = Path("/sandboxes")
@@ -130,6 +130,7 @@ class FakeSyncFacts:
     view: EngineView | None = None
     error: str | None = None
     vips_failed: dict[Path, KernelError] = field(default_factory=dict)
+    led: dict[Path, VipTable] = field(default_factory=dict)
 
     def state(self) -> dict[str, NetworkState]:
         return self.states
@@ -139,6 +140,9 @@ class FakeSyncFacts:
 
     def vip_errors(self) -> dict[Path, KernelError]:
         return self.vips_failed
+
+    def leads(self, sandbox: Path) -> VipTable:
+        return self.led.get(sandbox, {})
 
     def sandbox(self, endpoint: Endpoint) -> Path | None:
         return SANDBOXES / Path(endpoint.sandbox_key).name if endpoint.sandbox_key else None

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from flask import Flask
 
 from dataplane.control import Connections, ContainerCounts, PathCount, VerbsObjects
+from driver.balance import HERE, NONE_HERE
 from driver.errors import InvalidRequest, NotFound
 from plugin.admin import create_admin
 from plugin.cli.commands import cli
@@ -139,8 +140,8 @@ def test_well(world: World) -> None:
     )
     assert "verbs 1 program with a device, 2 connected queue pairs, 1 waiting for the peer" in lines
     assert "  peers: host2 192.0.2.2" in lines
-    assert "  web      10.0.4.2  10.0.4.7, 10.0.4.8" in lines
-    assert "  db       dnsrr     10.0.4.9" in lines
+    assert "  web      10.0.4.2  all (even)      10.0.4.7, 10.0.4.8" in lines
+    assert "  db       dnsrr     -               10.0.4.9" in lines
 
 
 def test_no_command_means_status(world: World) -> None:
@@ -218,6 +219,32 @@ def test_plugin_with_a_bug(world: World) -> None:
     assert "run: freeflow bugreport" in done.output
 
 
+def test_which_tasks_a_client_gets(world: World) -> None:
+    """For each VIP status says which tasks a container of this host gets, and why."""
+    both = ["10.0.4.7", "10.0.4.8"]
+    clients = {"cart.1": "10.0.4.8", "shop.1": "10.0.4.7"}
+    many = {f"c{number}": "10.0.4.7" for number in range(10)}
+    world.status = status(
+        networks=[
+            network(
+                services=[
+                    ServiceStatus("near", "10.0.4.2", both, False, "local", both[:1], {}, HERE),
+                    ServiceStatus("far", "10.0.4.3", both, False, "local", both, {}, NONE_HERE),
+                    ServiceStatus("kept", "10.0.4.4", both, False, "source", both, clients),
+                    ServiceStatus("busy", "10.0.4.5", both, False, "source", both[:1], many),
+                    ServiceStatus("new", "10.0.4.6", both, False, "source"),
+                ]
+            )
+        ],
+    )
+    output = world.run("status").output
+    assert "near     10.0.4.2  10.0.4.7 (local: on this host)" in output
+    assert "far      10.0.4.3  all (local: none on this host)" in output
+    assert "cart.1 gets 10.0.4.8, shop.1 gets 10.0.4.7 (source)" in output
+    assert "c7 gets 10.0.4.7 and 2 more (source)" in output
+    assert "one task for each container (source)" in output
+
+
 def test_many_kinds_of_networks(world: World) -> None:
     """Each network shows its special properties, and no cell of a table is empty."""
     world.status = status(
@@ -241,7 +268,7 @@ def test_many_kinds_of_networks(world: World) -> None:
     assert "fd00:1:2:3::/64, internal, acceleration off" in output
     assert f"{EP[:12]}  -        fd00:1:2:3::7  not joined" in output
     assert "  peers: 192.0.2.9" in output
-    assert "  idle     10.0.4.3  none" in output
+    assert "  idle     10.0.4.3  -               none" in output
 
 
 def test_nothing_yet(world: World) -> None:

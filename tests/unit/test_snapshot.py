@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dataplane.control import OWNED, PathCount
+from driver.balance import Balance
 from driver.driver import Driver
 from driver.errors import KernelError, SettingError, StateError
 from driver.kernel.fastpath import Stage
@@ -179,6 +180,27 @@ def test_services(world: World) -> None:
     web, db = world.network().services
     assert (web.vip, web.tasks) == ("10.0.4.2", ["10.0.4.7"])
     assert (db.vip, db.tasks) == ("", ["10.0.4.9"])
+
+
+def test_tasks_that_a_client_gets(world: World) -> None:
+    """A VIP shows its balance, and the tasks that this host's containers get: with `source` the
+    task of each."""
+    both = {VIP: (TASK, TASK + 1)}
+    world.change_state(table=both)
+    web, db = world.network().services
+    assert (web.balance, web.here, web.clients) == ("even", ["10.0.4.7", "10.0.4.8"], {})
+    assert db.here == []
+    local = Balance("local", frozenset({TASK}), "on this host")
+    world.change_state(balances={VIP: local})
+    web, _ = world.network().services
+    assert (web.balance, web.here, web.why) == ("local", ["10.0.4.7"], "on this host")
+    assert web.tasks == ["10.0.4.7", "10.0.4.8"]
+    world.change_state(balances={VIP: Balance("source")})
+    web, _ = world.network().services
+    assert (web.here, web.clients) == ([], {})
+    world.sync.led[SANDBOXES / "abc"] = {VIP: (TASK + 1,)}
+    web, _ = world.network().services
+    assert (web.here, web.clients) == (["10.0.4.8"], {"web.1.abc": "10.0.4.8"})
 
 
 def test_endpoint(world: World) -> None:
