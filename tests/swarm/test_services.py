@@ -29,7 +29,7 @@ echo $done $failed
 """
 
 
-def _answers(host: Host, client: str, service: str, count: int) -> Counter[str]:
+def answered(host: Host, client: str, service: str, count: int) -> Counter[str]:
     script = f"for i in $(seq {count}); do curl -s -m 5 http://{service}/ || echo failed; done"
     return Counter(host.exec(client, "sh", "-c", script).split())
 
@@ -42,8 +42,8 @@ def test_a_vip_reaches_every_task_of_all_hosts_evenly(bed: Bed, manager: Host) -
     service = make_service(manager, network, NGINX, replicas=4)
     for host in bed.hosts:
         client = run_container(host, network)
-        wait_until("the VIP", lambda h=host, c=client: _answers(h, c, service, 1)["failed"] == 0)  # type: ignore[misc]
-        answers = _answers(host, client, service, 40)
+        wait_until("the VIP", lambda h=host, c=client: answered(h, c, service, 1)["failed"] == 0)  # type: ignore[misc]
+        answers = answered(host, client, service, 40)
         assert answers["failed"] == 0
         assert sorted(answers.values()) == [10, 10, 10, 10], (host.engine, answers)
 
@@ -160,15 +160,15 @@ def test_scaling_is_followed_within_two_seconds(bed: Bed, manager: Host) -> None
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=1)
     client = run_container(manager, network)
-    wait_until("the VIP", lambda: _answers(manager, client, service, 1)["failed"] == 0)
+    wait_until("the VIP", lambda: answered(manager, client, service, 1)["failed"] == 0)
     manager.docker("service", "scale", "-d", f"{service}=4")
     wait_running(manager, service, 4)
     time.sleep(within(2))
-    assert len(_answers(manager, client, service, 16)) == 4
+    assert len(answered(manager, client, service, 16)) == 4
     manager.docker("service", "scale", "-d", f"{service}=1")
     wait_running(manager, service, 1)
     time.sleep(within(2))
-    answers = _answers(manager, client, service, 16)
+    answers = answered(manager, client, service, 16)
     assert len(answers) == 1
     assert answers["failed"] == 0
 
@@ -186,7 +186,7 @@ def test_a_rolling_update_under_load_fails_no_request(bed: Bed, manager: Host) -
     )
     clients = [(host, run_container(host, network)) for host in bed.hosts]
     for host, client in clients:
-        wait_until("the VIP", lambda h=host, c=client: _answers(h, c, service, 1)["failed"] == 0)  # type: ignore[misc]
+        wait_until("the VIP", lambda h=host, c=client: answered(h, c, service, 1)["failed"] == 0)  # type: ignore[misc]
     script = LOAD.format(seconds=30, name=service)
     loads = [
         host.spawn("docker", "exec", client, "sh", "-c", script, stdout=subprocess.PIPE)
@@ -211,7 +211,7 @@ def test_a_killed_task_leaves_the_vip_within_two_seconds(bed: Bed, manager: Host
     network = make_network(manager)
     service = make_service(manager, network, NGINX, "--restart-condition", "none", replicas=3)
     client = run_container(bed.hosts[1], network)
-    wait_until("all three", lambda: len(_answers(bed.hosts[1], client, service, 9)) == 3)
+    wait_until("all three", lambda: len(answered(bed.hosts[1], client, service, 9)) == 3)
     host, victim = next(
         (host, running[0])
         for host in bed.hosts
@@ -219,7 +219,7 @@ def test_a_killed_task_leaves_the_vip_within_two_seconds(bed: Bed, manager: Host
     )
     host.docker("kill", victim)
     time.sleep(within(2))
-    answers = _answers(bed.hosts[1], client, service, 12)
+    answers = answered(bed.hosts[1], client, service, 12)
     assert answers["failed"] == 0
     assert len(answers) == 2
 
@@ -229,7 +229,7 @@ def test_a_service_without_tasks_refuses(bed: Bed, manager: Host) -> None:
     network = make_network(manager)
     service = make_service(manager, network, NGINX, replicas=1)
     client = run_container(manager, network)
-    wait_until("the VIP", lambda: _answers(manager, client, service, 1)["failed"] == 0)
+    wait_until("the VIP", lambda: answered(manager, client, service, 1)["failed"] == 0)
     vip = manager.exec(client, "getent", "hosts", service).split()[0]
     manager.docker("service", "scale", "-d", f"{service}=0")
     wait_until(
@@ -250,11 +250,11 @@ def test_a_service_update_adds_and_removes_a_network(bed: Bed, manager: Host) ->
     manager.docker("service", "update", "-d", "--network-add", second, service)
     wait_until(
         "the VIP on the second network",
-        lambda: _answers(manager, client, service, 1)["failed"] == 0,
+        lambda: answered(manager, client, service, 1)["failed"] == 0,
         60,
     )
     manager.docker("service", "update", "-d", "--network-rm", first, service)
     wait_running(manager, service, 2)
     wait_until(
-        "the VIP afterwards", lambda: _answers(manager, client, service, 4)["failed"] == 0, 60
+        "the VIP afterwards", lambda: answered(manager, client, service, 4)["failed"] == 0, 60
     )
