@@ -194,10 +194,14 @@ class NetworkPoll:
     ) -> NetworkState:
         shared, now = self._state, self._state.clock()
         state = next_state(network, view, answers, before, now)
-        option = options.balance(network.options)
-        found = balances(option, shared.labels, view, state.table, by_list)
-        state = replace(state, by_list=by_list, balances=found)
-        new_rules = state.table is not before.table or found != before.balances
+        option, labels = options.balance(network.options), shared.labels
+        found = balances(option, labels or {}, view, state.table, by_list)
+        state = replace(state, by_list=by_list, balances=found, labelled=labels is not None)
+        new_rules = (
+            state.table is not before.table
+            or found != before.balances
+            or state.labelled != before.labelled
+        )
         changed = new_rules or view != before.view
         with shared.lock:
             if network.id not in shared.schedule.networks():

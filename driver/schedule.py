@@ -26,6 +26,7 @@ ENGINE_EVERY: Final = 30.0
 LABELS_EVERY: Final = 1.5
 """Seconds between two reads of the labels of services: a change is followed within 2 s."""
 LABELS_RETRY: Final = 10.0
+"""The same while a Swarm has no leader."""
 GAP: Final = 0.1
 """Least seconds between two polls of the same network, whatever happens."""
 EAGER_FOR: Final = 3.0
@@ -237,8 +238,8 @@ class Schedule:
     def labels_are_due(self, now: float) -> bool:
         return bool(self._networks) and now >= self._labels_due and not self._labels_busy
 
-    def labels_read(self, now: float, *, answered: bool) -> None:
-        self._labels_due = now + (LABELS_EVERY if answered else LABELS_RETRY)
+    def labels_read(self, now: float, *, leaderless: bool = False) -> None:
+        self._labels_due = now + (LABELS_RETRY if leaderless else LABELS_EVERY)
         self._labels_busy = False
 
     def collection_is_due(self, now: float) -> bool:

@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 @dataclass(slots=True, eq=False)
 class ServiceLabels:
-    """Keeps `SyncState.labels`. While the engine doesn't answer they stay as they were.
+    """Keeps `SyncState.labels`. While the engine doesn't tell them they stay as they were.
 
     `wake_loop` makes the sync loop check its schedule.
     """
@@ -30,18 +30,33 @@ class ServiceLabels:
 
     def poll(self) -> None:
         """Read the labels, and have all networks polled soon if they have changed."""
-        state, view, labels = self.state, self.engine.view, None
+        state, labels = self.state, None
         try:
-            found = self.directory.labels(LABEL, manager=view is not None and view.manager)
-            labels = {name: value.strip().lower() for name, value in found.items()}
+            labels = self._read()
+        finally:
+            with state.lock:
+                leaderless = labels is None and self.engine.error is None
+                if leaderless and state.labels is None:
+                    # Nothing waits until there is a leader.
+                    labels = {}
+                if changed := labels is not None and labels != state.labels:
+                    state.labels = labels
+                    state.schedule.wake()
+                state.schedule.labels_read(state.clock(), leaderless=leaderless)
+        if changed:
+            self.wake_loop()
+
+    def _read(self) -> dict[str, str] | None:
+        """The labels; None: the engine doesn't tell them now."""
+        if self.engine.view is None:
+            # Only an engine that is known to be a manager is asked for services.
+            self.engine.poll()
+        if self.engine.view is None:
+            return None
+        try:
+            found = self.directory.labels(LABEL, manager=self.engine.view.manager)
         except EngineError as error:
             # The poll of the engine reports an engine that doesn't answer at all.
             log.debug("labels of services not read", reason=str(error))
-        finally:
-            with state.lock:
-                if changed := labels is not None and labels != state.labels:
-                    state.labels = labels or {}
-                    state.schedule.wake()
-                state.schedule.labels_read(state.clock(), answered=labels is not None)
-        if changed:
-            self.wake_loop()
+            return None
+        return {name: value.strip().lower() for name, value in found.items()}

@@ -35,8 +35,9 @@ class SyncState:
         """The networks of each sandbox."""
         self.states: dict[str, NetworkState] = {}
         """Last known state by network ID."""
-        self.labels: dict[str, str] = {}
-        """How services want to be balanced, by service name: see `balance.py`."""
+        self.labels: dict[str, str] | None = None
+        """How services want to be balanced, by service name: see `balance.py`. None: not read
+        yet."""
         self._folder = sandboxes
         self._started = clock()
         self._young: set[Path] = set()
@@ -117,7 +118,8 @@ class SyncState:
     def vip_table(self, path: Path) -> VipTable | None:
         """The VIPs of all networks of a sandbox.
 
-        None: not all networks are known yet, and an earlier process may have written their rules.
+        None: not all networks and labels are known yet, and an earlier process may have written
+        rules.
         """
         table: VipTable = {}
         with self.lock:
@@ -127,6 +129,7 @@ class SyncState:
                 if state is None or state.seen is None:
                     complete = False
                 else:
+                    complete &= state.labelled
                     table.update(state.table)
             starting = self.clock() - self._started < START_PATIENCE
             if not complete and path not in self._young and starting:

@@ -23,7 +23,7 @@ class NetworkState:
     is no newer one. `table` maps VIPs to tasks. `vanished` VIPs have no service any more, since the
     given time. `idle` services have only tasks that take no connections, since the given time.
     `unlisted` and `unknown`: see the functions. For services in `by_list` only the engine's list
-    names the tasks. `balances`: see `balance.balances`.
+    names the tasks. `balances`: see `balance.balances`; `labelled`: it knew the services' labels.
     """
 
     view: NetworkView | None = None
@@ -36,6 +36,7 @@ class NetworkState:
     unknown: frozenset[str] = frozenset()
     by_list: frozenset[str] = frozenset()
     balances: dict[IPv4Address, Balance] = field(default_factory=dict)
+    labelled: bool = False
 
     def resting(self, before: float) -> frozenset[Service]:
         """Services, with exactly these tasks, that have been idle since before a time."""

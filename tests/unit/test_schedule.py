@@ -129,15 +129,15 @@ def test_the_engine_is_polled_soon_after_a_failure(schedule: Schedule) -> None:
 
 def test_labels_are_read_while_there_are_networks(schedule: Schedule) -> None:
     """Labels are read regularly while a network has endpoints here, by one thread, and rarely
-    after a failure."""
+    without a leader."""
     assert not take(schedule, 0.0).labels
     schedule.add_network("n", 1.0)
     assert take(schedule, 1.0).labels
     assert not take(schedule, 100.0).labels
-    schedule.labels_read(100.0, answered=True)
+    schedule.labels_read(100.0)
     assert not take(schedule, 100.0 + LABELS_EVERY - 0.1).labels
     assert take(schedule, 100.0 + LABELS_EVERY).labels
-    schedule.labels_read(200.0, answered=False)
+    schedule.labels_read(200.0, leaderless=True)
     assert not take(schedule, 200.0 + LABELS_RETRY - 0.1).labels
     assert take(schedule, 200.0 + LABELS_RETRY).labels
 

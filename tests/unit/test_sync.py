@@ -70,6 +70,9 @@ class FakeEngine:
         self.view = engine_view(node_address=None)
         self.wanted: dict[str, str] = {}
         """How services want to be balanced."""
+        self.leader = True
+        self.tells_labels = threading.Event()
+        self.tells_labels.set()
 
     def engine(self) -> EngineView:
         if self.down:
@@ -93,6 +96,9 @@ class FakeEngine:
     def labels(self, key: str, *, manager: bool) -> dict[str, str]:
         if self.down:
             raise EngineError("GET /services: connection refused")
+        if not self.leader:
+            raise EngineError("GET /services: the swarm has no leader")
+        assert self.tells_labels.wait(patience(20))
         assert manager == self.view.manager
         return self.wanted if key == LABEL else {}
 
@@ -781,6 +787,43 @@ def test_labels_of_services_are_followed(host: Host) -> None:
     host.engine.wanted = {"web": "even"}
     host.look(2.0)
     assert host.balancer.leads(sandbox) == BOTH
+
+
+def test_rules_of_an_earlier_process_wait_for_labels(
+    host: Host, request: pytest.FixtureRequest
+) -> None:
+    """After a restart a container's rules stay as they are until the labels are known: a client
+    that keeps its task because of a label would lose it."""
+    host.engine.wanted = {"web": "source"}
+    sandbox = host.join(20)
+    host.look()
+    choices = host.balancer.choices[sandbox]
+    assert choices[VIP].client == at(20)
+    host.engine.tells_labels.clear()
+    host.dns.active["web"] = frozenset({at(8)})
+    try:
+        running: Host = request.getfixturevalue("running")
+        soon(lambda: NET in running.syncer.state())
+        soon(lambda: running.syncer.state()[NET].table == {VIP: (at(8),)})
+        time.sleep(0.3)
+        assert (host.balancer.tables[sandbox], host.balancer.choices[sandbox]) == (BOTH, choices)
+    finally:
+        host.engine.tells_labels.set()
+    soon(lambda: host.balancer.tables[sandbox] == {VIP: (at(8),)})
+    assert host.balancer.choices[sandbox] == choices
+
+
+def test_a_swarm_without_a_leader_is_not_awaited(host: Host) -> None:
+    """If the engine can't tell labels, rules are written without."""
+    host.engine.leader = False
+    balanced(host, "local")
+    here(host, 8)
+    sandbox = host.join(20)
+    host.look()
+    host.restart()
+    host.dns.active["web"] = frozenset({at(8)})
+    host.look()
+    assert host.balancer.tables[sandbox] == {VIP: (at(8),)}
 
 
 def test_a_client_has_one_task(host: Host) -> None:
