@@ -22,7 +22,6 @@ from tests.swarm.conftest import (
     run_container,
     wait_running,
 )
-from tests.swarm.test_services import LOAD
 
 FILE = "head -c 5000000 /dev/urandom > /var/www/html/file; "
 DIGEST = "curl -sf -m 20 http://{0}/file http://{0}/file http://{0}/file | sha256sum"
@@ -43,6 +42,16 @@ while time.monotonic() < end:
 print("over" if not answer else "right", count)
 """
 """One connection that counts in redis, and checks each answer: `ADDRESS SECONDS`."""
+
+
+LOAD = """
+failed=0; done=0
+end=$(($(date +%s) + {seconds}))
+while [ $(date +%s) -lt $end ]; do
+    if curl -sf -o /dev/null -m 5 http://{name}/; then done=$((done+1)); else failed=$((failed+1)); fi
+done
+echo $done $failed
+"""
 
 
 def on(host: Host) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from testbed import Bed, Host, wait_until
@@ -17,10 +18,22 @@ from tests.swarm.conftest import (
     unique,
     wait_running,
 )
-from tests.swarm.test_services import LOAD, answered
+from tests.swarm.test_services import answered
 
 HEALTHY = ("--health-cmd", "curl -sf http://127.0.0.1/", "--health-interval", "1s")
-TWICE = 2
+WHEN_READY = ("--health-cmd", "test -e /ready", "--health-interval", "1s", "--health-retries", "99")
+BY_NODE = ("--hostname", "{{.Node.Hostname}}")
+"""A task answers with the name of its host."""
+LOCAL = "freeflow.balance=local"
+SOURCE = "freeflow.balance=source"
+
+LOAD = """
+failed=0; done=0
+while [ ! -e /over ]; do for name in {names}; do
+    if curl -sf -o /dev/null -m 5 http://$name/; then done=$((done+1)); else failed=$((failed+1)); fi
+done; done
+echo $done $failed
+"""
 
 
 def global_service(bed: Bed, network: str, command: str, *options: str, wait: bool = True) -> str:
@@ -37,14 +50,13 @@ def global_service(bed: Bed, network: str, command: str, *options: str, wait: bo
 
 
 def tasks_here(host: Host, service: str) -> set[str]:
-    """The host names of a service's containers on a host."""
-    return set(
-        host.docker("ps", "-q", "-f", f"label=com.docker.swarm.service.name={service}").split()
-    )
+    """The IDs of a service's containers on a host, which are their host names by default."""
+    label = f"label=com.docker.swarm.service.name={service}"
+    return set(host.docker("ps", "-q", "-f", label).split())
 
 
 def service_status(host: Host, service: str) -> Any:
-    """A service in a host's status, which a host's only FreeFlow network has."""
+    """A service in a host's status."""
     (found,) = (
         each
         for network in host.status()["networks"]
@@ -62,113 +74,93 @@ def reached(host: Host, client: str, service: str, count: int = 12) -> set[str]:
 
 
 def wait_reached(host: Host, client: str, service: str, tasks: set[str]) -> None:
-    """Wait until exactly these tasks answer a client."""
+    """Wait until exactly these tasks answer a client, and check it again."""
     wait_until(
         f"{service} from {host.name}",
         lambda: set(answered(host, client, service, 2 * len(tasks))) == tasks,
     )
+    assert reached(host, client, service) == tasks
 
 
-def test_each_host_uses_its_own_task(bed: Bed, manager: Host) -> None:
-    """With balance=local a client reaches the task of its own host, by TCP and ping, on every
-    engine version; status says so, and tasks.NAME still lists all."""
+def wait_served(clients: Mapping[str, Host], *services: str) -> None:
+    """Wait until all clients have reached these services."""
+    for service in services:
+        for client, host in clients.items():
+            wait_until(
+                f"{service} from {host.name}",
+                lambda h=host, c=client, s=service: not answered(h, c, s, 1)["failed"],  # type: ignore[misc]
+            )
+
+
+def one_client_each(bed: Bed, network: str) -> dict[str, Host]:
+    return {run_container(host, network): host for host in bed.hosts}
+
+
+def test_clients_use_the_tasks_of_their_host(bed: Bed, manager: Host) -> None:
+    """With balance=local a client reaches its own host's healthy tasks and no others, on every
+    engine; without any it reaches all. Status says so, and tasks.NAME lists all.
+
+    One host's task starts, is lost and comes back: within 2 s connections follow what Docker says.
+    """
     network = make_network(manager, "-o", "balance=local")
-    service = global_service(bed, network, NGINX)
-    for host in bed.hosts:
-        client = run_container(host, network)
-        own = tasks_here(host, service)
-        assert len(own) == 1
-        wait_reached(host, client, service, own)
-        assert reached(host, client, service) == own
-        assert "1 received" in host.exec(client, "ping", "-c1", "-W2", service)
+    near, far = bed.hosts[1], bed.hosts[2]
+    start = f"[ $(hostname) = {near.name} ] || touch /ready; {NGINX}"
+    service = global_service(bed, network, start, *BY_NODE, *WHEN_READY, wait=False)
+    where = f"node.hostname=={near.name}"
+    two = make_service(manager, network, NGINX, "--constraint", where, replicas=2)
+    client_of = {host: client for client, host in one_client_each(bed, network).items()}
+    client, others = client_of[near], {host.name for host in bed.hosts} - {near.name}
+    # The task here is starting.
+    wait_reached(near, client, service, others)
+    (starting,) = tasks_here(near, service)
+    near.exec(starting, "touch", "/ready")
+    wait_running(manager, service, len(bed.hosts))
+    time.sleep(within(2))
+    for host, each in client_of.items():
+        assert reached(host, each, service) == {host.name}
+        assert "1 received" in host.exec(each, "ping", "-c1", "-W2", service)
         shown = service_status(host, service)
         assert (shown["balance"], shown["why"]) == ("local", "on this host")
         assert (len(shown["here"]), len(shown["tasks"])) == (1, len(bed.hosts))
-        listed = host.exec(client, "getent", "ahostsv4", f"tasks.{service}")
+        listed = host.exec(each, "getent", "ahostsv4", f"tasks.{service}")
         assert len({line.split()[0] for line in listed.splitlines()}) == len(bed.hosts)
-
-
-def test_a_task_that_is_lost_and_comes_back(bed: Bed, manager: Host) -> None:
-    """When the host's own tasks are lost, clients reach those of other hosts within 2 s, and the
-    own one again once it runs."""
-    network = make_network(manager, "-o", "balance=local")
-    service = global_service(bed, network, NGINX, "--restart-delay", "15s")
-    host = bed.hosts[1]
-    client = run_container(host, network)
-    own = tasks_here(host, service)
-    wait_reached(host, client, service, own)
-    host.docker("kill", *own)
+    # It is lost.
+    near.docker("kill", starting)
     time.sleep(within(2))
-    others = reached(host, client, service)
-    assert others
-    assert not others & own
-    assert len(others) == len(bed.hosts) - 1
-    assert service_status(host, service)["why"] == "none on this host"
-    wait_running(manager, service, len(bed.hosts), 90)
+    assert reached(near, client, service) == others
+    assert service_status(near, service)["why"] == "none on this host"
+    # It comes back.
+    for task in wait_until("the new task", lambda: tasks_here(near, service), 60):
+        near.exec(task, "touch", "/ready")
+    wait_running(manager, service, len(bed.hosts))
     time.sleep(within(2))
-    again = tasks_here(host, service)
-    assert again != own
-    assert reached(host, client, service) == again
-
-
-def test_hosts_without_a_task_use_all(bed: Bed, manager: Host) -> None:
-    """Where a replicated service has no task, clients reach all of them in turn."""
-    network = make_network(manager, "-o", "balance=local")
-    where = f"node.hostname=={bed.hosts[1].name}"
-    service = make_service(manager, network, NGINX, "--constraint", where, replicas=TWICE)
-    near, far = bed.hosts[1], bed.hosts[2]
-    own = tasks_here(near, service)
-    assert len(own) == TWICE
-    for host in (near, far):
-        client = run_container(host, network)
-        wait_reached(host, client, service, own)
-        assert reached(host, client, service) == own
-    assert service_status(near, service)["why"] == "on this host"
-    assert service_status(far, service)["why"] == "none on this host"
-
-
-def test_a_task_that_is_starting_is_not_used(bed: Bed, manager: Host) -> None:
-    """A task on the client's host gets no connections before Docker says that it is healthy."""
-    network = make_network(manager, "-o", "balance=local")
-    near = bed.hosts[1]
-    others = {host.name for host in bed.hosts} - {near.name}
-    service = global_service(
-        bed,
-        network,
-        f"[ $(hostname) = {near.name} ] || touch /ready; {NGINX}",
-        *("--hostname", "{{.Node.Hostname}}"),
-        *("--health-cmd", "test -e /ready", "--health-interval", "1s", "--health-retries", "99"),
-        wait=False,
-    )
-    client = run_container(near, network)
-    wait_reached(near, client, service, others)
-    (task,) = tasks_here(near, service)
-    for _ in range(3):
-        assert reached(near, client, service) == others
-        time.sleep(1)
-    near.exec(task, "touch", "/ready")
-    wait_reached(near, client, service, {near.name})
     assert reached(near, client, service) == {near.name}
+    # A replicated service that only this host has.
+    for host in (near, far):
+        assert reached(host, client_of[host], two) == tasks_here(near, two)
+    assert service_status(near, two)["why"] == "on this host"
+    assert service_status(far, two)["why"] == "none on this host"
 
 
 def test_a_label_balances_one_service(bed: Bed, manager: Host) -> None:
     """A service's label, on managers, and its containers' label, everywhere, balance this service
     alone; a change of the service's label is followed within 2 s."""
     network = make_network(manager)
-    plain = global_service(bed, network, NGINX)
-    label = "freeflow.balance=local"
-    labelled = global_service(bed, network, NGINX, "--container-label", label)
-    for host in bed.hosts:
-        client = run_container(host, network)
-        wait_reached(host, client, labelled, tasks_here(host, labelled))
-        assert len(reached(host, client, plain)) == len(bed.hosts)
-    client = run_container(manager, network)
-    manager.docker("service", "update", "-d", "--label-add", label, plain)
-    time.sleep(within(2))
-    assert reached(manager, client, plain) == tasks_here(manager, plain)
+    plain = global_service(bed, network, NGINX, *BY_NODE, wait=False)
+    labelled = global_service(bed, network, NGINX, *BY_NODE, "--container-label", LOCAL)
+    clients, everywhere = one_client_each(bed, network), {host.name for host in bed.hosts}
+    for client, host in clients.items():
+        wait_reached(host, client, labelled, {host.name})
+        wait_reached(host, client, plain, everywhere)
+    client = next(iter(clients))
+    manager.docker("service", "update", "-d", "--label-add", LOCAL, plain)
     manager.docker("service", "update", "-d", "--label-add", "freeflow.balance=even", labelled)
     time.sleep(within(2))
-    assert len(reached(manager, client, labelled)) == len(bed.hosts)
+    assert reached(manager, client, plain) == {manager.name}
+    assert reached(manager, client, labelled) == everywhere
+    manager.docker("service", "update", "-d", "--label-add", SOURCE, plain)
+    time.sleep(within(2))
+    assert len(reached(manager, client, plain)) == 1
 
 
 def test_a_client_keeps_its_task(bed: Bed, manager: Host) -> None:
@@ -176,66 +168,76 @@ def test_a_client_keeps_its_task(bed: Bed, manager: Host) -> None:
     and over a restart of the plugin; clients have different ones."""
     network = make_network(manager, "-o", "balance=source")
     service = make_service(manager, network, NGINX, replicas=3)
-    clients = [(host, run_container(host, network)) for host in bed.hosts for _ in range(3)]
+    clients = one_client_each(bed, network) | one_client_each(bed, network)
+    wait_served(clients, service)
+    time.sleep(within(2))
     own = {}
-    for host, client in clients:
-        wait_until("the VIP", lambda h=host, c=client: not answered(h, c, service, 1)["failed"])  # type: ignore[misc]
-        time.sleep(within(2))
+    for client, host in clients.items():
         (own[client],) = reached(host, client, service, 6)
         assert service_status(host, service)["clients"][client]
     assert len(set(own.values())) > 1
     manager.docker("service", "scale", "-d", f"{service}=6")
-    wait_running(manager, service, 6)
     bed.hosts[1].docker("plugin", "disable", "-f", "freeflow:latest")
     bed.hosts[1].docker("plugin", "enable", "freeflow:latest")
     wait_until("the status", lambda: bed.hosts[1].status()["networks"], 30)
+    wait_running(manager, service, 6)
     time.sleep(within(3))
-    for host, client in clients:
+    for client, host in clients.items():
         assert reached(host, client, service, 6) == {own[client]}
-    # The one task of a client leaves, and the client gets one other.
+    # The task of some clients leaves, and each of them gets one other.
     host, victim = next(
         (host, task) for host in bed.hosts for task in tasks_here(host, service) & {*own.values()}
     )
     host.docker("kill", victim)
     time.sleep(within(2))
-    for host, client in clients:
+    for client, host in clients.items():
         found = reached(host, client, service, 6)
         assert len(found) == 1
         assert (found == {own[client]}) == (own[client] != victim)
 
 
-def _update_under_load(bed: Bed, network: str, service: str, update: tuple[str, ...]) -> None:
-    manager = bed.hosts[0]
-    clients = [(host, run_container(host, network)) for host in bed.hosts]
-    for host, client in clients:
-        wait_until("the VIP", lambda h=host, c=client: not answered(h, c, service, 1)["failed"])  # type: ignore[misc]
-    script = LOAD.format(seconds=40, name=service)
+def test_a_rolling_update_under_load_fails_no_request(bed: Bed, manager: Host) -> None:
+    """During a rolling update no request fails, from clients on every host, however the service is
+    balanced: evenly; local, where a host has no task for a while; and by source."""
+    network = make_network(manager)
+    first = ("--update-order", "start-first", "--stop-grace-period", "5s", "--update-delay", "1s")
+    even = make_service(manager, network, NGINX, *HEALTHY, *first, wait=False)
+    source = make_service(
+        *(manager, network, NGINX, *HEALTHY, *first),
+        *("--label", SOURCE, "--container-label", SOURCE),
+        replicas=4,
+        wait=False,
+    )
+    local = global_service(bed, network, NGINX, *HEALTHY, "--container-label", LOCAL)
+    services = {even: 3, source: 4, local: len(bed.hosts)}
+    for service, count in services.items():
+        wait_running(manager, service, count)
+    clients = one_client_each(bed, network)
+    wait_served(clients, *services)
+    script = LOAD.format(names=" ".join(services))
     loads = [
         host.spawn("docker", "exec", client, "sh", "-c", script, stdout=subprocess.PIPE)
-        for host, client in clients
+        for client, host in clients.items()
     ]
-    running = ("service", "ps", "-q", "-f", "desired-state=running", service)
-    before = set(manager.docker(*running).split())
-    manager.docker("service", "update", "-d", "--force", *update, service)
-    results = [load.communicate(timeout=patience(100))[0].split() for load in loads]
-    assert not before & set(manager.docker(*running).split()), "the update took too long"
-    for (host, _), (done, failed) in zip(clients, results, strict=True):
-        assert int(done) > 20, host.engine
+    for service in services:
+        _update(manager, service)
+    for service, count in services.items():
+        wait_until(f"the update of {service}", lambda s=service: _updated(manager, s), 120, 0.5)  # type: ignore[misc]
+        wait_running(manager, service, count)
+    time.sleep(within(3))
+    for client, host in clients.items():
+        host.exec(client, "touch", "/over")
+    results = [load.communicate(timeout=patience(30))[0].split() for load in loads]
+    for host, (done, failed) in zip(clients.values(), results, strict=True):
+        assert int(done) > 60, host.engine
         assert failed == "0", (host.engine, done, failed)
 
 
-def test_a_rolling_update_of_local_tasks_fails_no_request(bed: Bed, manager: Host) -> None:
-    """During a rolling update of a global service, whose host has no task for a while, and of a
-    replicated one that starts the new task first, no request fails."""
-    network = make_network(manager, "-o", "balance=local")
-    one = global_service(bed, network, NGINX, *HEALTHY)
-    _update_under_load(bed, network, one, ("--update-delay", "1s"))
-    two = make_service(manager, network, NGINX, *HEALTHY, replicas=4)
-    _update_under_load(bed, network, two, ("--update-order", "start-first"))
+def _update(manager: Host, service: str) -> None:
+    manager.docker("service", "update", "-d", "--force", service)
 
 
-def test_a_rolling_update_with_sticky_clients_fails_no_request(bed: Bed, manager: Host) -> None:
-    """The same with balance=source: a client changes its task when this one leaves."""
-    network = make_network(manager, "-o", "balance=source")
-    service = make_service(manager, network, NGINX, *HEALTHY, replicas=3)
-    _update_under_load(bed, network, service, ("--update-order", "start-first"))
+def _updated(manager: Host, service: str) -> bool:
+    """Whether a service's last update is complete."""
+    form = "{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}"
+    return manager.docker("service", "inspect", "-f", form, service).strip() == "completed"

@@ -4,12 +4,11 @@ scaling, updates.
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections import Counter
 
 from testbed import Bed, Host, wait_until
-from testbed.patience import patience, within
+from testbed.patience import within
 from tests.swarm.conftest import (
     NGINX,
     REDIS,
@@ -18,15 +17,6 @@ from tests.swarm.conftest import (
     run_container,
     wait_running,
 )
-
-LOAD = """
-failed=0; done=0
-end=$(($(date +%s) + {seconds}))
-while [ $(date +%s) -lt $end ]; do
-    if curl -sf -o /dev/null -m 5 http://{name}/; then done=$((done+1)); else failed=$((failed+1)); fi
-done
-echo $done $failed
-"""
 
 
 def answered(host: Host, client: str, service: str, count: int) -> Counter[str]:
@@ -171,39 +161,6 @@ def test_scaling_is_followed_within_two_seconds(bed: Bed, manager: Host) -> None
     answers = answered(manager, client, service, 16)
     assert len(answers) == 1
     assert answers["failed"] == 0
-
-
-def test_a_rolling_update_under_load_fails_no_request(bed: Bed, manager: Host) -> None:
-    """During a rolling update no request fails, from clients on every host."""
-    network = make_network(manager)
-    service = make_service(
-        manager,
-        network,
-        NGINX,
-        *("--update-delay", "1s", "--update-order", "start-first", "--stop-grace-period", "5s"),
-        *("--health-cmd", "curl -sf http://127.0.0.1/", "--health-interval", "1s"),
-        replicas=3,
-    )
-    clients = [(host, run_container(host, network)) for host in bed.hosts]
-    for host, client in clients:
-        wait_until("the VIP", lambda h=host, c=client: answered(h, c, service, 1)["failed"] == 0)  # type: ignore[misc]
-    script = LOAD.format(seconds=30, name=service)
-    loads = [
-        host.spawn("docker", "exec", client, "sh", "-c", script, stdout=subprocess.PIPE)
-        for host, client in clients
-    ]
-    before = set(
-        manager.docker("service", "ps", "-q", "-f", "desired-state=running", service).split()
-    )
-    manager.docker("service", "update", "-d", "--force", service)
-    results = [load.communicate(timeout=patience(90))[0].split() for load in loads]
-    after = set(
-        manager.docker("service", "ps", "-q", "-f", "desired-state=running", service).split()
-    )
-    assert not before & after, "the update was not over within the load"
-    for (host, _), (done, failed) in zip(clients, results, strict=True):
-        assert int(done) > 20, host.engine
-        assert failed == "0", (host.engine, done, failed)
 
 
 def test_a_killed_task_leaves_the_vip_within_two_seconds(bed: Bed, manager: Host) -> None:
