@@ -31,7 +31,7 @@ LOAD = """
 failed=0; done=0
 while [ ! -e /over ]; do for name in {names}; do
     if curl -sf -o /dev/null -m 5 http://$name/; then done=$((done+1)); else failed=$((failed+1)); fi
-done; done
+done; sleep 0.1; done
 echo $done $failed
 """
 
@@ -74,12 +74,11 @@ def reached(host: Host, client: str, service: str, count: int = 12) -> set[str]:
 
 
 def wait_reached(host: Host, client: str, service: str, tasks: set[str]) -> None:
-    """Wait until exactly these tasks answer a client, and check it again."""
+    """Wait until exactly these tasks answer a client."""
     wait_until(
         f"{service} from {host.name}",
-        lambda: set(answered(host, client, service, 2 * len(tasks))) == tasks,
+        lambda: set(answered(host, client, service, 3 * len(tasks))) == tasks,
     )
-    assert reached(host, client, service) == tasks
 
 
 def wait_served(clients: Mapping[str, Host], *services: str) -> None:
@@ -164,18 +163,19 @@ def test_a_label_balances_one_service(bed: Bed, manager: Host) -> None:
 
 
 def test_a_client_keeps_its_task(bed: Bed, manager: Host) -> None:
-    """With balance=source each client has one task, which it keeps while other tasks come and go
-    and over a restart of the plugin; clients have different ones."""
+    """With balance=source each client has one task, which status tells. It keeps the task while
+    others come and go, and over a restart of the plugin; when the task leaves, it has another."""
     network = make_network(manager, "-o", "balance=source")
     service = make_service(manager, network, NGINX, replicas=3)
-    clients = one_client_each(bed, network) | one_client_each(bed, network)
+    clients = one_client_each(bed, network)
     wait_served(clients, service)
     time.sleep(within(2))
     own = {}
     for client, host in clients.items():
         (own[client],) = reached(host, client, service, 6)
-        assert service_status(host, service)["clients"][client]
-    assert len(set(own.values())) > 1
+        shown = service_status(host, service)
+        assert list(shown["clients"]) == [client]
+        assert shown["here"] == [shown["clients"][client]]
     manager.docker("service", "scale", "-d", f"{service}=6")
     bed.hosts[1].docker("plugin", "disable", "-f", "freeflow:latest")
     bed.hosts[1].docker("plugin", "enable", "freeflow:latest")
@@ -184,7 +184,7 @@ def test_a_client_keeps_its_task(bed: Bed, manager: Host) -> None:
     time.sleep(within(3))
     for client, host in clients.items():
         assert reached(host, client, service, 6) == {own[client]}
-    # The task of some clients leaves, and each of them gets one other.
+    # The task of some client leaves.
     host, victim = next(
         (host, task) for host in bed.hosts for task in tasks_here(host, service) & {*own.values()}
     )
@@ -205,11 +205,10 @@ def test_a_rolling_update_under_load_fails_no_request(bed: Bed, manager: Host) -
     source = make_service(
         *(manager, network, NGINX, *HEALTHY, *first),
         *("--label", SOURCE, "--container-label", SOURCE),
-        replicas=4,
         wait=False,
     )
     local = global_service(bed, network, NGINX, *HEALTHY, "--container-label", LOCAL)
-    services = {even: 3, source: 4, local: len(bed.hosts)}
+    services = {even: 3, source: 3, local: len(bed.hosts)}
     for service, count in services.items():
         wait_running(manager, service, count)
     clients = one_client_each(bed, network)
