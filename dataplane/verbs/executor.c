@@ -173,6 +173,9 @@ static enum step answer(struct queue_pair *queue, void *bytes, uint32_t length)
 
         mutex_take(&queue->sending);
         outcome = record_put(&queue->sender, &response, &cursor);
+        /* It says as much as DONE would. */
+        if (outcome == RECORD_OK && view_remote(&queue->sender.view))
+                queue->done_told = response.psn + 1;
         mutex_release(&queue->sending);
         if (outcome == RECORD_OK)
                 return STEP_DONE;

@@ -43,24 +43,22 @@ static bool has_come(const struct queue_pair *queue, struct ring *in)
                atomic_load_explicit(&queue->seen, memory_order_relaxed);
 }
 
+/* Is the other side gone, and the queue pair does not know yet? */
+static bool parts(const struct queue_pair *queue, const struct ring *in)
+{
+        return queue_is_parted(queue, in) && queue_paired(queue) == QUEUE_PAIRED;
+}
+
 /* May progress_make() have something to do? */
 static bool may_go_on(const struct queue_pair *queue)
 {
         struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);
 
-        return (in && has_come(queue, in)) || atomic_load_explicit(&queue->open, memory_order_relaxed) ||
+        return (in && (has_come(queue, in) || parts(queue, in))) ||
+               atomic_load_explicit(&queue->open, memory_order_relaxed) ||
                atomic_load_explicit(&queue->owes, memory_order_relaxed) ||
                (atomic_load_explicit(&queue->failed, memory_order_relaxed) &&
                 queue_state(queue) != IBV_QPS_ERR);
-}
-
-/* The relay, or the router, has given up the slot. */
-static void check_broken(struct queue_pair *queue, const struct ring *in)
-{
-        if (!view_remote(&queue->sender.view) || !atomic_load_explicit(&in->broken, memory_order_acquire))
-                return;
-        atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
-        queue->died = true;
 }
 
 static bool take(struct mutex *mutex, bool wait)
@@ -71,22 +69,42 @@ static bool take(struct mutex *mutex, bool wait)
         return true;
 }
 
+/* Wake those who wait for room, after something was taken. A relay has said how little has to be
+ * left in the ring before it wants to know. */
+static void wake_senders(struct queue_pair *queue, struct ring *in)
+{
+        if (atomic_load_explicit(&queue->relayed, memory_order_relaxed)) {
+                uint64_t used = atomic_load_explicit(&in->tail, memory_order_relaxed) -
+                                atomic_load_explicit(&queue->seen, memory_order_relaxed);
+
+                /* Pairs with make_idle() of the relay: it sees what was taken, or we see its
+                 * wish. */
+                atomic_thread_fence(memory_order_seq_cst);
+                if (used >= atomic_load_explicit(&in->room, memory_order_relaxed))
+                        return;
+        }
+        queue_pairer->ring(queue, &in->senders);
+}
+
 bool progress_make(struct queue_pair *queue, const struct cq *polled, bool wait)
 {
         struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);
         bool did = false;
 
-        if (in && has_come(queue, in) && take(&queue->receiving, wait)) {
+        if (in && (has_come(queue, in) || parts(queue, in)) && take(&queue->receiving, wait)) {
+                const struct ring *now = queue->receiver.view.ring;
+                bool parted = now && parts(queue, now);
+
                 did = executor_run(queue, polled);
+                if (parted && !did)
+                        queue_part(queue);
                 mutex_release(&queue->receiving);
                 if (did)
-                        queue_pairer->ring(queue, &in->senders);
+                        wake_senders(queue, in);
         }
         if ((atomic_load_explicit(&queue->open, memory_order_relaxed) ||
              atomic_load_explicit(&queue->owes, memory_order_relaxed)) &&
             take(&queue->sending, wait)) {
-                if (queue_paired(queue) == QUEUE_PAIRED)
-                        check_broken(queue, queue->sender.view.ring);
                 requester_complete(queue, polled);
                 requester_push(queue);
                 requester_check_time(queue);
@@ -242,6 +260,10 @@ static bool meets(struct queue_pair *queue, uint32_t core)
 
         if (!in || !out || in == out)
                 return false;
+        /* What comes from another host has to get past this host's relay. If all cores are busy,
+         * with programs that poll, the relay gets none before somebody's time is over. */
+        if (atomic_load_explicit(&queue->relayed, memory_order_relaxed))
+                return true;
         if (atomic_load_explicit(&in->receiver_cpu, memory_order_relaxed) != core)
                 atomic_store_explicit(&in->receiver_cpu, core, memory_order_relaxed);
         return atomic_load_explicit(&out->receiver_cpu, memory_order_relaxed) == core;

@@ -139,6 +139,11 @@ static bool owes_credit(const struct queue_pair *queue, uint32_t posted)
         return queue->credit_due || (new_ones && (int32_t)new_ones >= left);
 }
 
+static bool owes_done(const struct queue_pair *queue)
+{
+        return (int32_t)(queue->done - queue->done_told) > 0;
+}
+
 /* These are states: whatever has not been put yet is replaced by what is newer. */
 static void put_notes(struct queue_pair *queue)
 {
@@ -155,7 +160,7 @@ static void put_notes(struct queue_pair *queue)
                 queue->credit_due = false;
                 queue->credit_told = posted;
         }
-        if (queue->done != queue->done_told &&
+        if (owes_done(queue) &&
             put_note(queue, (struct record){.operation = RECORD_DONE, .psn = queue->done - 1}))
                 queue->done_told = queue->done;
         /* The last record, after the refusal. */
@@ -163,15 +168,33 @@ static void put_notes(struct queue_pair *queue)
             put_note(queue, (struct record){.operation = RECORD_CLOSE}))
                 queue->close_due = false;
         atomic_store_explicit(&queue->owes,
-                              queue->refusal || queue->close_due || queue->done != queue->done_told ||
+                              queue->refusal || queue->close_due || owes_done(queue) ||
                                   owes_credit(queue, posted),
                               memory_order_relaxed);
+}
+
+bool queue_is_ready(struct queue_pair *queue)
+{
+        if (queue_paired(queue) != QUEUE_PAIRED)
+                return false;
+        if (!queue->ready &&
+            /* Pairs with queue_pair_up(). */
+            atomic_load_explicit(&queue->sender.view.ring->ready, memory_order_acquire)) {
+                queue->ready = true;
+                queue->since = 0;
+        }
+        return queue->ready;
 }
 
 void queue_publish(struct queue_pair *queue)
 {
         if (!queue->sender.view.ring)
                 return;
+        /* Relays take nothing before that: the other side's ring may not be there yet. */
+        if (view_remote(&queue->sender.view) && !queue->ready && !queue_is_ready(queue)) {
+                atomic_store_explicit(&queue->owes, queue_paired(queue) != QUEUE_LOST, memory_order_relaxed);
+                return;
+        }
         put_notes(queue);
         if (record_publish(&queue->sender))
                 queue_pairer->ring(queue, &queue->sender.view.ring->receivers);
@@ -203,11 +226,12 @@ bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, co
                 record_send_from(&queue->sender, out);
                 record_receive_from(&queue->receiver, in);
                 atomic_store_explicit(&queue->seen, 0, memory_order_relaxed);
+                atomic_store_explicit(&queue->relayed, view_remote(&out), memory_order_relaxed);
                 atomic_store_explicit(&queue->out, out.ring, memory_order_release);
                 atomic_store_explicit(&queue->in, in.ring, memory_order_release);
                 queue->credit_due = true;
-                queue_publish(queue);
                 atomic_store_explicit(&queue->pairing, QUEUE_PAIRED, memory_order_release);
+                queue_publish(queue);
                 /* From now on the other side may put records. Pairs with requester.c. */
                 atomic_store_explicit(&in.ring->ready, 1, memory_order_release);
                 queue_pairer->ring(queue, &in.ring->senders);
@@ -234,14 +258,28 @@ bool queue_pair_down(struct queue_pair *queue)
         return alone;
 }
 
+static void lose(struct queue_pair *queue)
+{
+        atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
+        queue->died = true;
+}
+
 void queue_lose(struct queue_pair *queue)
 {
         queue_lock(queue);
-        if (queue_paired(queue) == QUEUE_ASKED || queue_paired(queue) == QUEUE_PAIRED) {
-                atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
-                queue->died = true;
-        }
+        if (queue_paired(queue) == QUEUE_ASKED)
+                lose(queue);
+        else if (queue_paired(queue) == QUEUE_PAIRED)
+                atomic_store_explicit(&queue->parted, true, memory_order_release);
         queue_unlock(queue);
+}
+
+void queue_part(struct queue_pair *queue)
+{
+        mutex_take(&queue->sending);
+        if (queue_paired(queue) == QUEUE_PAIRED)
+                lose(queue);
+        mutex_release(&queue->sending);
 }
 
 void queue_enter_error(struct queue_pair *queue, const struct cq *polled)
@@ -289,6 +327,8 @@ static void forget(struct queue_pair *queue)
         atomic_store_explicit(&queue->out, NULL, memory_order_relaxed);
         atomic_store_explicit(&queue->failed, false, memory_order_relaxed);
         atomic_store_explicit(&queue->looped, false, memory_order_relaxed);
+        atomic_store_explicit(&queue->parted, false, memory_order_relaxed);
+        atomic_store_explicit(&queue->relayed, false, memory_order_relaxed);
 }
 
 void queue_reset(struct queue_pair *queue)

@@ -9,10 +9,11 @@
  * To execute and to send the two queue pairs have to be paired. The router pairs them once both
  * have asked, which they do when they become RTR:
  *
- *      ALONE --RTR--> ASKED --queue_pair_up()--> PAIRED --CLOSE, queue_lose()--> LOST
+ *      ALONE --RTR--> ASKED --queue_pair_up()--> PAIRED --CLOSE, queue_part()--> LOST
  *
- * Until then requests wait in the send queue. A queue pair that is LOST fails at its oldest
- * request, at once or when there is one: the other side may rightly be gone after the last one.
+ * Until then requests wait in the send queue. A queue pair whose other side is gone becomes LOST
+ * when all has been executed that had come. One that is LOST fails at its oldest request, at once
+ * or when there is one: the other side may rightly be gone after the last one.
  * One that is connected with itself needs no router: loop.h.
  *
  * A queue pair that fails becomes ERR. It takes no more records, so that nothing of the other
@@ -50,6 +51,7 @@ struct queue_pair {
         _Atomic uint32_t state;   /* enum ibv_qp_state */
         _Atomic uint32_t pairing; /* enum queue_pairing */
         _Atomic bool failed;      /* it has to become ERR: queue_settle() */
+        _Atomic bool parted;      /* the router says that the other side is gone */
         bool signal_all;
         uint32_t domain;
         struct ibv_qp_attr attributes; /* that the program has set */
@@ -61,6 +63,7 @@ struct queue_pair {
         /* the rings that come in and go out; NULL: none. The memory stays. */
         struct ring *_Atomic in, *_Atomic out;
         _Atomic uint64_t seen; /* in that ring, up to here */
+        _Atomic bool relayed;  /* the other side is on another host */
         _Atomic uint32_t open; /* requests in the send queue */
         _Atomic bool owes;     /* there was no room for something that is to be told */
         _Atomic bool looped;   /* it is connected with itself: loop.h */
@@ -161,14 +164,23 @@ static inline void queue_unlock(struct queue_pair *queue)
 
 /* Without mutexes: --- */
 
+/* Is the other side gone, whatever it has left in the ring? */
+static inline bool queue_is_parted(const struct queue_pair *queue, const struct ring *in)
+{
+        /* Pairs with whoever says so: all that the other side had put is there. */
+        return atomic_load_explicit(&queue->parted, memory_order_acquire) ||
+               atomic_load_explicit(&in->broken, memory_order_acquire) ||
+               atomic_load_explicit(&in->over, memory_order_acquire);
+}
+
 /* The router has paired it: the ring that goes out, the one that comes in, and where both are.
  * False: it does not wait for that any more. */
 bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, const struct place *place);
 /* The other side has never been where the router has put the two: it waits to be paired again.
  * False: it has been, or this one does not wait. */
 bool queue_pair_down(struct queue_pair *queue);
-/* The other side is gone, as the router says. With the first request that fails for this the
- * program has an event. */
+/* The other side is gone, as the router says: the queue pair becomes LOST once it has executed what
+ * had come. With the first request that fails for this the program has an event. */
 void queue_lose(struct queue_pair *queue);
 /* Become ERR if it has failed. `polled`: the completion queue that the caller polls, or NULL. */
 void queue_settle(struct queue_pair *queue, const struct cq *polled);
@@ -178,6 +190,8 @@ void queue_tell(struct queue_pair *queue, enum queue_event event);
 
 /* Under `receiving`: --- */
 
+/* All that had come of the other side, which is gone, has been executed: become LOST. */
+void queue_part(struct queue_pair *queue);
 /* A receive is complete. `wc` has what is special about it. */
 void queue_complete_receive(struct queue_pair *queue, struct ibv_wc *wc, bool solicited,
                             const struct cq *polled);
@@ -190,6 +204,8 @@ void queue_complete_send(struct queue_pair *queue, enum ibv_wc_status status, co
 void queue_flush_sends(struct queue_pair *queue, const struct cq *polled);
 /* It can't go on: become ERR soon, and tell the program by this event. */
 void queue_fail(struct queue_pair *queue, enum queue_event event);
+/* Is it paired, and does the other side use its rings already? */
+bool queue_is_ready(struct queue_pair *queue);
 /* Put what is to be told, as far as there is room, and publish all that was put. */
 void queue_publish(struct queue_pair *queue);
 

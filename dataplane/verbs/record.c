@@ -121,18 +121,44 @@ void record_send_from(struct record_sender *sender, struct view view)
         atomic_store_explicit(&view.ring->start, 1, memory_order_release);
 }
 
+/* Bytes of the ring that the other side has not taken. */
+static uint64_t used_by(const struct record_sender *sender)
+{
+        /* Pairs with record_done(). */
+        return sender->tail - atomic_load_explicit(&sender->view.ring->head, memory_order_acquire);
+}
+
+/* Have the relay tell of room from now on, or no longer: otherwise it wakes nobody for that. */
+static void wait_for_room(struct record_sender *sender, bool waits)
+{
+        if (sender->waits == waits || !view_remote(&sender->view))
+                return;
+        sender->waits = waits;
+        atomic_store_explicit(&sender->view.ring->room, waits ? UINT32_MAX : 0, memory_order_relaxed);
+        /* Pairs with the relay's: either it sees the wish, or we see the room that it has told
+         * of. */
+        if (waits)
+                atomic_thread_fence(memory_order_seq_cst);
+}
+
 /* Is there room for a record of this size? An empty ring begins anew at its first byte: its first
  * pages are in the caches, and small records stay beside the ring's header. */
 static enum record_outcome make_room(struct record_sender *sender, uint64_t size, bool is_response)
 {
         uint64_t whole = view_size(&sender->view), limit = is_response ? whole : whole / 4 * 3;
-        /* Pairs with record_done(). */
-        uint64_t used = sender->tail - atomic_load_explicit(&sender->view.ring->head, memory_order_acquire);
+        uint64_t used = used_by(sender);
 
+        if (used + size > limit) {
+                wait_for_room(sender, true);
+                used = used_by(sender);
+        }
         if (used > whole)
                 return RECORD_CORRUPT;
         if (used + size > limit)
                 return RECORD_WAIT;
+        /* There is room for each record, whatever has found none before. */
+        if (used <= whole / 2)
+                wait_for_room(sender, false);
         if (!used && sender->base != sender->tail) {
                 sender->base = sender->tail;
                 atomic_store_explicit(&sender->view.ring->base, sender->base, memory_order_relaxed);
@@ -168,8 +194,8 @@ bool record_publish(struct record_sender *sender)
 
 enum record_outcome record_taken(const struct record_sender *sender, uint64_t tail)
 {
-        /* Pairs with record_done(): what the other side executed has happened. */
-        uint64_t used = sender->tail - atomic_load_explicit(&sender->view.ring->head, memory_order_acquire);
+        /* What the other side executed has happened. */
+        uint64_t used = used_by(sender);
 
         if (used > view_size(&sender->view))
                 return RECORD_CORRUPT;

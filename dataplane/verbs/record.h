@@ -123,6 +123,7 @@ struct record_sender {
         uint64_t published;
         uint64_t base;
         uint32_t psn; /* of the next request */
+        bool waits;   /* the relay tells of all room that it hears of */
 };
 
 /* The receiver's part of a ring, in private memory. */

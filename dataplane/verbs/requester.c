@@ -152,20 +152,6 @@ static enum record_outcome put_next(struct queue_pair *queue, struct send_work *
         return send_is_asking(work) ? put_question(queue, work) : put_piece(queue, work);
 }
 
-/* The other side may have got its bells later than this one. */
-static bool is_ready(struct queue_pair *queue)
-{
-        if (queue_paired(queue) != QUEUE_PAIRED)
-                return false;
-        if (!queue->ready &&
-            /* Pairs with queue_pair_up(). */
-            atomic_load_explicit(&queue->sender.view.ring->ready, memory_order_acquire)) {
-                queue->ready = true;
-                queue->since = 0;
-        }
-        return queue->ready;
-}
-
 /* A queue that is to be drained goes on with the request that it has begun. */
 static bool goes_on(const struct queue_pair *queue, const struct send_work *work)
 {
@@ -179,7 +165,7 @@ void requester_push(struct queue_pair *queue)
         struct send_queue *sends = &queue->sends;
         enum record_outcome outcome = RECORD_OK;
 
-        if (!is_ready(queue) || atomic_load_explicit(&queue->failed, memory_order_relaxed))
+        if (!queue_is_ready(queue) || atomic_load_explicit(&queue->failed, memory_order_relaxed))
                 return;
         while (sends->next != sends->tail && outcome == RECORD_OK) {
                 struct send_work *work = send_at(sends, sends->next);

@@ -28,6 +28,8 @@ static void ask(struct queue_pair *queue)
         asking[1] = queue;
         rings = new_rings(remote);
         queue_pair_up(asking[0], rings.views[0], rings.views[1], &nowhere);
+        /* Relays accept nothing before the other side is ready. */
+        CHECK(!remote || !atomic_load(&rings.views[0].ring->tail));
         queue_pair_up(asking[1], rings.views[1], rings.views[0], &nowhere);
         asking[0] = asking[1] = NULL;
 }
@@ -638,6 +640,47 @@ static void check_executes_before_close(void)
         end_all();
 }
 
+/* The same if a router or a relay says that it is gone. Then requests that are open fail, or the
+ * next one, and the program has an event. */
+static void check_executes_before_loss(void)
+{
+        enum { ROUTER, BROKEN, OVER, WAYS };
+
+        for (int turn = 0; turn < 2 * WAYS; turn++) {
+                int way = turn / 2;
+                bool open = turn % 2;
+                struct ibv_sge from;
+
+                start();
+                from = piece(1, 0, 8);
+                memcpy(memory[1], "from one", 8);
+                if (open)
+                        CHECK(post(0, (struct ibv_send_wr){.opcode = IBV_WR_SEND}) == 0);
+                CHECK(post(1, (struct ibv_send_wr){
+                                  .opcode = IBV_WR_RDMA_WRITE,
+                                  .sg_list = &from,
+                                  .num_sge = 1,
+                                  .wr.rdma = {(uintptr_t)memory[0] + 80, regions[0]->rkey}}) == 0);
+                if (way == ROUTER)
+                        queue_lose(queue_of(ends[0].qp));
+                else if (way == BROKEN)
+                        atomic_store(&rings.views[1].ring->broken, 1);
+                else
+                        atomic_store(&rings.views[1].ring->over, 1);
+                poll_all();
+                CHECK(memcmp(memory[0] + 80, "from one", 8) == 0);
+                if (!open) {
+                        CHECK(ends[0].qp->state == IBV_QPS_RTS);
+                        from = piece(0, 0, 8);
+                        CHECK(post(0, one_sided(IBV_WR_RDMA_WRITE, &from, 0)) == 0);
+                }
+                CHECK(sent(0).status == IBV_WC_RETRY_EXC_ERR);
+                expect_event(IBV_EVENT_QP_FATAL, 0);
+                CHECK(ends[0].qp->state == IBV_QPS_ERR);
+                end_all();
+        }
+}
+
 /* Reset, and connected again: nothing of before is left. */
 static void check_again(void)
 {
@@ -1019,15 +1062,25 @@ static void check_parent_domains(void)
 int main(void)
 {
         static void (*const checks[])(void) = {
-            check_send,        check_write_and_read,
-            check_atomics,     check_inline,
-            check_signals,     check_fence,
-            check_many_reads,  check_receives,
-            check_no_receive,  check_refusals,
-            check_bad_receive, check_own_keys,
-            check_other_gone,  check_executes_before_close,
-            check_again,       check_drain,
-            check_windows,     check_addresses,
+            check_send,
+            check_write_and_read,
+            check_atomics,
+            check_inline,
+            check_signals,
+            check_fence,
+            check_many_reads,
+            check_receives,
+            check_no_receive,
+            check_refusals,
+            check_bad_receive,
+            check_own_keys,
+            check_other_gone,
+            check_executes_before_close,
+            check_again,
+            check_drain,
+            check_windows,
+            check_addresses,
+            check_executes_before_loss,
             check_loop,
         };
 

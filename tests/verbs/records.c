@@ -350,6 +350,8 @@ static void check_room(uint32_t shift)
                 for (count = 0; put(&sender, write, 0) == RECORD_OK; count++)
                         ;
                 first = sender.published + record_size(piece);
+                /* A relay has to say when there is more. */
+                CHECK(atomic_load(&view.ring->room) == (view_remote(&view) ? UINT32_MAX : 0));
                 CHECK(sender.base == sender.published);
                 /* Three quarters are full, and a quarter is left for answers. */
                 CHECK(sender.tail - sender.published <= size / 4 * 3);
@@ -380,6 +382,7 @@ static void check_room(uint32_t shift)
         CHECK(put(&sender, write, 0) == RECORD_CORRUPT && record_taken(&sender, 0) == RECORD_CORRUPT);
         atomic_store(&view.ring->head, receiver.head);
         CHECK(put(&sender, (struct record){.operation = RECORD_CLOSE}, 0) == RECORD_OK);
+        CHECK(!atomic_load(&view.ring->room));
         record_publish(&sender);
         atomic_store(&view.ring->tail, receiver.head + size + 1);
         CHECK(record_next(&receiver) == RECORD_CORRUPT);
