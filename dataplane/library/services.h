@@ -7,8 +7,8 @@
  * devices for the first time, so that they cost nothing in other programs.
  *
  * Both files are of one build. But a program that runs may have loaded one before and the other
- * after an update: so SERVICES_VERSION changes with every change of this file or of
- * verbs_protocol.h, and with another version there is no device.
+ * after an update: so SERVICES_VERSION changes with every change of this file, verbs_protocol.h,
+ * place.h or view.h, and with another version there is no device.
  *
  * Calls from libfreeflow.so (struct verbs_client) come on any thread, with locks held, and some in
  * signal handlers: also on a thread that was interrupted inside a verb. Each comment says what its

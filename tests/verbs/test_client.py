@@ -42,7 +42,7 @@ static bool no(void)
 /* The services of a libfreeflow.so of another build. */
 __attribute__((visibility("default"))) const struct freeflow_services freeflow_services = {
     .magic = SERVICES_MAGIC,
-    .version = SERVICES_VERSION + 1,
+    .version = SERVICES_VERSION + (DIFFERENCE),
     .size = sizeof freeflow_services,
     .is_here = no,
 };
@@ -372,11 +372,15 @@ def test_library_is_off(binary: Path, library: Path, path: Path) -> None:
         assert program.ask("list") == ""
 
 
-def test_library_of_another_build(binary: Path, library: Path, path: Path, tmp_path: Path) -> None:
-    """There is no device with a libfreeflow.so whose services are others."""
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_library_of_another_build(
+    binary: Path, library: Path, path: Path, tmp_path: Path, difference: int
+) -> None:
+    """There is no device with a libfreeflow.so whose services are others, older or newer ones."""
     source = tmp_path / "other.c"
     source.write_text(OTHER_VERSION.replace("../..", str(SOURCE.parents[2])))
-    other = compile_c(source, tmp_path / "other.so", "-shared", "-fPIC")
+    options = ("-shared", "-fPIC", f"-DDIFFERENCE={difference}")
+    other = compile_c(source, tmp_path / "other.so", *options)
     with routing(path, devices(1)), running(binary, library, path, other) as program:
         assert program.ask("list") == ""
 
