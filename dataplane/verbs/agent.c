@@ -157,6 +157,8 @@ struct rung {
 static struct pollfd sources[MOST_ARENAS + OTHER_SOURCES];
 static struct rung rings[MOST_ARENAS];
 static uint32_t bells;
+/* An arena has another bell than before, of which its queue pairs don't know. */
+static bool rehung;
 
 static void go_on(void *owner, void *argument)
 {
@@ -233,7 +235,7 @@ static int list_bells(const struct freeflow_services *here)
                 if (watched->bell >= 0 && here->bell_descriptor(watched->arena, watched->bell) < 0)
                         watched->bell = -1;
                 if (watched->bell < 0 && (watched->bell = here->bell_take(watched->arena)) >= 0)
-                        most = WHILE_POLLED; /* the next turn arms with it */
+                        rehung = true;
                 else if (watched->bell < 0)
                         most = WITHOUT_BELL;
                 else if (!here->bell_is_known(watched->arena, watched->bell))
@@ -244,7 +246,8 @@ static int list_bells(const struct freeflow_services *here)
                 add_source(watched->bell < 0 ? -1 : here->bell_descriptor(watched->arena, watched->bell));
         }
         mutex_release(&agent.mutex);
-        return patience;
+        /* The next turn arms with it. */
+        return rehung ? WHILE_POLLED : patience;
 }
 
 /* Take what rings. True: it is not known for whom. */
@@ -275,6 +278,7 @@ static bool drain(const struct freeflow_services *here)
 /* Each queue pair has the bell of its arena. */
 static void share_bells(void)
 {
+        rehung = false;
         for (uint32_t i = 0; i < bells; i++) {
                 struct watched known = {.arena = rings[i].arena, .bell = -1};
                 const struct watched *watched;
@@ -316,7 +320,7 @@ static bool sleep_until_rung(const struct freeflow_services *here, int patience)
                 woken |= sources[bells + (uint32_t)i].revents != 0;
         if (sources[bells].revents & POLLIN)
                 sys_3(SYS_read, agent.wake - 1, &taken, sizeof taken);
-        return drain(here) || woken;
+        return drain(here) || woken || rehung;
 }
 
 /* Its eventfd; a program that closes descriptors that it does not know may have closed it. */
@@ -424,14 +428,14 @@ static void serve(struct turn *turn)
 /* All queue pairs go on, which takes the longer the more there are. */
 static void go_on_all(struct turn *turn)
 {
+        if (turn->no_bell || rehung)
+                share_bells();
         turn->waits = turn->no_bell = false;
         if (turn->unasked)
                 client_open(0);
         turn->unasked = false;
         client_receive();
         numbers_each(go_on, turn);
-        if (turn->no_bell)
-                share_bells();
         turn->visit = visit();
 }
 

@@ -16,6 +16,7 @@
  *      files COUNT          so many descriptors may be open from now on
  *      fork                 the child answers from now on: how polling its parent's queue fails
  *      confine              the process confines itself to certain system calls
+ *      close                it closes all descriptors that it did not open
  */
 #include "connecting.h"
 
@@ -26,8 +27,10 @@
 #include <stdlib.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 enum {
         OPEN = 16,
@@ -35,6 +38,7 @@ enum {
         LENGTH = 100000,
         MANY = 1024,
         SECONDS = 30,
+        DESCRIPTORS = 1 << 16,
 };
 
 static struct ibv_context *context;
@@ -244,6 +248,15 @@ static void limit_files(unsigned int count)
         puts("limited");
 }
 
+/* Not by a function of the C library, which would spare those of others. */
+static void close_others(void)
+{
+        for (int fd = STDERR_FILENO + 1; fd < DESCRIPTORS; fd++)
+                if (fd != channel->fd && fd != context->async_fd && fd != context->cmd_fd)
+                        syscall(SYS_close, fd);
+        puts("closed");
+}
+
 static void obey(const char *word, const char *rest)
 {
         unsigned long long address = 0;
@@ -292,6 +305,8 @@ static void obey(const char *word, const char *rest)
                 become_child();
         } else if (strcmp(word, "confine") == 0) {
                 confine();
+        } else if (strcmp(word, "close") == 0) {
+                close_others();
         }
 }
 

@@ -219,6 +219,19 @@ def test_confined(partners: Partners) -> None:
     assert second.ask("event") == FATAL
 
 
+def test_closed(partners: Partners) -> None:
+    """A process that closes descriptors of the library gets others, and is woken by them."""
+    first, second = partners.both
+    partners.connect()
+    for _ in range(2):
+        assert first.ask("sleep 100") == f"100 {SUCCESS}"
+        assert second.ask("close") == "closed"
+        assert first.ask("sleep 100") == f"100 {SUCCESS}"
+        assert second.ask("sleep 100") == f"100 {SUCCESS}"
+        assert first.ask("close") == "closed"
+        assert first.ask("sleep 100") == f"100 {SUCCESS}"
+
+
 def test_many(partners: Partners) -> None:
     """A thousand queue pairs between two processes all work, whether the program polls or sleeps,
     and each process sleeps when they have nothing to do.
