@@ -10,12 +10,28 @@ enum step {
         STEP_STOP,    /* it is refused */
 };
 
+/* UC: this record, which may be a piece of more, is lost. The other side counts receives, and may
+ * send one more message for one that was lost. */
+static enum step skip(struct queue_pair *queue)
+{
+        const struct record *record = &queue->receiver.now;
+
+        queue->skips = !(record->flags & RECORD_LAST);
+        if (!queue->skips && (record->operation == RECORD_SEND || record->flags & RECORD_IMMEDIATE)) {
+                atomic_fetch_add_explicit(&queue->lost, 1, memory_order_relaxed);
+                atomic_fetch_add_explicit(&queue->consumed, 1, memory_order_relaxed);
+        }
+        return STEP_DONE;
+}
+
 static enum step refuse(struct queue_pair *queue, enum record_refusal refusal, enum queue_event event)
 {
         struct record_receiver told = {.now = {.operation = RECORD_REFUSED,
                                                .psn = queue->receiver.now.psn,
                                                .immediate = (uint32_t)refusal}};
 
+        if (!queue_is_reliable(queue))
+                return skip(queue);
         mutex_take(&queue->sending);
         if (atomic_load_explicit(&queue->looped, memory_order_relaxed)) {
                 requester_answer(queue, &told, NULL);
@@ -58,15 +74,35 @@ static void take_in_order(struct record_receiver *receiver, struct cursor *curso
 
 /* --- receives */
 
-/* Take a receive, if there is one. */
+static bool find_receive(struct queue_pair *queue)
+{
+        if (!queue->shared)
+                return receive_queue_take(&queue->receives, &queue->now);
+        if (shared_take(queue->shared, &queue->now))
+                return true;
+        shared_hunger(queue->shared, &queue->feeding);
+        return shared_take(queue->shared, &queue->now);
+}
+
+/* Take a receive, if there is one, for a message that begins. */
 static bool begin_receive(struct queue_pair *queue)
 {
-        if (!receive_queue_take(&queue->receives, &queue->now))
+        if (!queue->busy && !find_receive(queue))
                 return false;
         atomic_fetch_add_explicit(&queue->consumed, 1, memory_order_relaxed);
+        atomic_store_explicit(&queue->stalled, false, memory_order_relaxed);
         queue->busy = true;
         queue->spot = (struct work_spot){0};
         return true;
+}
+
+/* There is no receive. */
+static enum step stall(struct queue_pair *queue)
+{
+        if (!queue_is_reliable(queue))
+                return skip(queue);
+        atomic_store_explicit(&queue->stalled, true, memory_order_relaxed);
+        return STEP_LATER;
 }
 
 /* Complete it; what is in the last piece's header goes along. */
@@ -91,6 +127,10 @@ static enum step refuse_send(struct queue_pair *queue, enum ibv_wc_status status
                              const struct cq *polled)
 {
         end_receive(queue, IBV_WC_RECV, status, polled);
+        if (!queue_is_reliable(queue)) {
+                atomic_store_explicit(&queue->failed, true, memory_order_release);
+                return STEP_STOP;
+        }
         return refuse(queue, refusal, QUEUE_REQUEST_ERROR);
 }
 
@@ -102,8 +142,13 @@ static enum step take_send(struct queue_pair *queue, const struct cq *polled)
         struct work_held held;
         struct cursor cursor = {.vec = held.vec};
 
-        if (!queue->busy && !begin_receive(queue))
-                return STEP_LATER;
+        if (record->flags & RECORD_FIRST && !begin_receive(queue))
+                return stall(queue);
+        if (record->total > queue->now.room && !queue_is_reliable(queue)) {
+                /* The receive is for the next message. */
+                atomic_fetch_sub_explicit(&queue->consumed, 1, memory_order_relaxed);
+                return skip(queue);
+        }
         if (record->total > queue->now.room)
                 return refuse_send(queue, IBV_WC_LOC_LEN_ERR, REFUSED_REQUEST, polled);
         memory.count = queue->now.count;
@@ -148,8 +193,8 @@ static enum step take_write(struct queue_pair *queue, const struct cq *polled)
 
         if (record->flags & RECORD_FIRST && !may_write(queue))
                 return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
-        if (record->flags & RECORD_IMMEDIATE && !queue->busy && !begin_receive(queue))
-                return STEP_LATER;
+        if (record->flags & RECORD_IMMEDIATE && !begin_receive(queue))
+                return stall(queue);
         if (record->length) {
                 if (key_hold(&memory_keys, &use, &first) != KEY_HELD)
                         return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
@@ -245,28 +290,63 @@ static enum step take_atomic(struct queue_pair *queue)
 
 /* --- */
 
-static enum step execute(struct queue_pair *queue, const struct cq *polled)
+static enum step take_answer(struct queue_pair *queue, struct record_receiver *receiver,
+                             const struct cq *polled)
 {
         bool fits;
 
-        switch (queue->receiver.now.operation) {
+        mutex_take(&queue->sending);
+        fits = requester_answer(queue, receiver, polled);
+        mutex_release(&queue->sending);
+        return fits ? STEP_DONE : STEP_CORRUPT;
+}
+
+static enum step execute(struct queue_pair *queue, const struct cq *polled)
+{
+        struct record_receiver *receiver = &queue->receiver;
+        bool reliable = queue_is_reliable(queue);
+
+        if (!record_is_request(&receiver->now))
+                return receiver->head < queue->ahead.head ? STEP_DONE : take_answer(queue, receiver, polled);
+        if (queue->skips)
+                return skip(queue);
+        switch (receiver->now.operation) {
         case RECORD_SEND:
                 return take_send(queue, polled);
         case RECORD_WRITE:
                 return take_write(queue, polled);
         case RECORD_READ:
-                return take_read(queue);
+                return reliable ? take_read(queue) : STEP_CORRUPT;
         case RECORD_SWAP:
         case RECORD_ADD:
-                return take_atomic(queue);
-        case RECORD_DATAGRAM:
-                return STEP_CORRUPT;
+                return reliable ? take_atomic(queue) : STEP_CORRUPT;
         default:
-                mutex_take(&queue->sending);
-                fits = requester_answer(queue, &queue->receiver, polled);
-                mutex_release(&queue->sending);
-                return fits ? STEP_DONE : STEP_CORRUPT;
+                return STEP_CORRUPT;
         }
+}
+
+/* Take the answers behind a message that waits for a receive, up to where there is no whole record,
+ * or the other side has closed. */
+static enum step take_ahead(struct queue_pair *queue, const struct cq *polled)
+{
+        struct record_receiver *ahead = &queue->ahead;
+
+        if ((int64_t)(ahead->head - queue->receiver.head) <= 0) {
+                *ahead = queue->receiver;
+                record_skip(ahead);
+        }
+        for (int taken = 0; taken < BATCH; taken++) {
+                enum record_outcome outcome = record_next(ahead);
+
+                if (outcome == RECORD_CORRUPT)
+                        return STEP_CORRUPT;
+                if (outcome == RECORD_WAIT || ahead->now.operation == RECORD_CLOSE)
+                        break;
+                if (!record_is_request(&ahead->now) && take_answer(queue, ahead, polled) != STEP_DONE)
+                        return STEP_CORRUPT;
+                record_skip(ahead);
+        }
+        return STEP_LATER;
 }
 
 /* Take the next record. */
@@ -297,6 +377,8 @@ bool executor_run(struct queue_pair *queue, const struct cq *polled)
                     atomic_load_explicit(&queue->failed, memory_order_relaxed))
                         break;
         }
+        if (step == STEP_LATER && atomic_load_explicit(&queue->stalled, memory_order_relaxed))
+                step = take_ahead(queue, polled);
         if (step == STEP_CORRUPT)
                 queue_fail(queue, QUEUE_FATAL);
         atomic_store_explicit(&queue->seen, queue->receiver.head, memory_order_relaxed);

@@ -5,7 +5,9 @@
  * and the bounds of the whole operation have been checked.
  *
  * A request that is not allowed is refused: it stays in the ring, the other side hears of it, and
- * the queue pair becomes ERR. One for which there is no receive stays in the ring until there is.
+ * the queue pair becomes ERR. One for which there is no receive stays in the ring until there is;
+ * answers behind it are taken meanwhile, since the program may wait for them before it posts more
+ * receives. On a queue pair of type UC both are lost instead, and it goes on.
  */
 #ifndef FREEFLOW_EXECUTOR_H
 #define FREEFLOW_EXECUTOR_H

@@ -8,6 +8,7 @@
 #include "parent_domain.h"
 #include "post.h"
 #include "qp.h"
+#include "srq.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -23,6 +24,7 @@ static void set_operations(struct verbs_context *extended)
             .modify_cq = cq_modify,
             .create_cq_ex = cq_create_extended,
             .create_qp_ex = qp_create_extended,
+            .create_srq_ex = srq_create_extended,
             .query_device_ex = attributes_device,
             .alloc_td = thread_domain_make,
             .dealloc_td = thread_domain_end,
@@ -36,6 +38,7 @@ static void set_operations(struct verbs_context *extended)
             .dealloc_mw = memory_remove_window,
             .post_send = post_send,
             .post_recv = post_receive,
+            .post_srq_recv = srq_post,
         };
         extended->context.abi_compat = __VERBS_ABI_IS_EXTENDED;
 }

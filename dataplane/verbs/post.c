@@ -5,31 +5,63 @@
 
 #include <errno.h>
 
-/* What may be posted to a queue pair of type RC (IBV_QPT_RC), by operation. */
+enum types { ON_RC = 1, ON_UC = 2, CONNECTED = ON_RC | ON_UC };
+
+/* What may be posted, by operation: to queue pairs of which types, and with which flags. */
 static const struct {
-        bool known;
+        uint8_t types;
         unsigned int flags;
 } operations[] = {
-    [IBV_WR_RDMA_WRITE] = {true, IBV_SEND_INLINE},
-    [IBV_WR_RDMA_WRITE_WITH_IMM] = {true, IBV_SEND_INLINE},
-    [IBV_WR_SEND] = {true, IBV_SEND_INLINE},
-    [IBV_WR_SEND_WITH_IMM] = {true, IBV_SEND_INLINE},
-    [IBV_WR_RDMA_READ] = {true, 0},
-    [IBV_WR_ATOMIC_CMP_AND_SWP] = {true, 0},
-    [IBV_WR_ATOMIC_FETCH_AND_ADD] = {true, 0},
-    [IBV_WR_LOCAL_INV] = {true, 0},
-    [IBV_WR_BIND_MW] = {true, 0},
-    [IBV_WR_SEND_WITH_INV] = {true, IBV_SEND_INLINE},
+    [IBV_WR_RDMA_WRITE] = {CONNECTED, IBV_SEND_INLINE},
+    [IBV_WR_RDMA_WRITE_WITH_IMM] = {CONNECTED, IBV_SEND_INLINE},
+    [IBV_WR_SEND] = {CONNECTED, IBV_SEND_INLINE},
+    [IBV_WR_SEND_WITH_IMM] = {CONNECTED, IBV_SEND_INLINE},
+    [IBV_WR_RDMA_READ] = {ON_RC, 0},
+    [IBV_WR_ATOMIC_CMP_AND_SWP] = {ON_RC, 0},
+    [IBV_WR_ATOMIC_FETCH_AND_ADD] = {ON_RC, 0},
+    [IBV_WR_LOCAL_INV] = {CONNECTED, 0},
+    [IBV_WR_BIND_MW] = {CONNECTED, 0},
+    [IBV_WR_SEND_WITH_INV] = {CONNECTED, IBV_SEND_INLINE},
 };
 
-static int check(const struct ibv_send_wr *wr)
+static enum types type_of(enum ibv_qp_type type)
+{
+        return type == IBV_QPT_RC ? ON_RC : ON_UC;
+}
+
+bool post_is_known(enum ibv_qp_type type, uint64_t wanted)
+{
+        static const struct {
+                uint64_t wanted;
+                enum ibv_wr_opcode opcode;
+        } names[] = {
+            {IBV_QP_EX_WITH_RDMA_WRITE, IBV_WR_RDMA_WRITE},
+            {IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM, IBV_WR_RDMA_WRITE_WITH_IMM},
+            {IBV_QP_EX_WITH_SEND, IBV_WR_SEND},
+            {IBV_QP_EX_WITH_SEND_WITH_IMM, IBV_WR_SEND_WITH_IMM},
+            {IBV_QP_EX_WITH_RDMA_READ, IBV_WR_RDMA_READ},
+            {IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_CMP_AND_SWP},
+            {IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD, IBV_WR_ATOMIC_FETCH_AND_ADD},
+            {IBV_QP_EX_WITH_LOCAL_INV, IBV_WR_LOCAL_INV},
+            {IBV_QP_EX_WITH_BIND_MW, IBV_WR_BIND_MW},
+            {IBV_QP_EX_WITH_SEND_WITH_INV, IBV_WR_SEND_WITH_INV},
+        };
+
+        for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+                if (operations[names[i].opcode].types & type_of(type))
+                        wanted &= ~names[i].wanted;
+        return !wanted;
+}
+
+static int check(enum ibv_qp_type type, const struct ibv_send_wr *wr)
 {
         const unsigned int always = IBV_SEND_FENCE | IBV_SEND_SIGNALED | IBV_SEND_SOLICITED;
         uint64_t total = 0;
 
-        if ((size_t)wr->opcode >= sizeof operations / sizeof *operations || !operations[wr->opcode].known)
+        if ((size_t)wr->opcode >= sizeof operations / sizeof *operations || !operations[wr->opcode].types)
                 return EOPNOTSUPP;
-        if (wr->send_flags & ~(always | operations[wr->opcode].flags))
+        if (!(operations[wr->opcode].types & type_of(type)) ||
+            wr->send_flags & ~(always | operations[wr->opcode].flags))
                 return EINVAL;
         switch (wr->opcode) {
         case IBV_WR_ATOMIC_CMP_AND_SWP:
@@ -47,7 +79,7 @@ static int check(const struct ibv_send_wr *wr)
 int post_add(struct queue_pair *queue, const struct ibv_send_wr *wr)
 {
         enum ibv_qp_state state = queue_state(queue);
-        int error = check(wr);
+        int error = check(queue->plain.qp_base.qp_type, wr);
 
         if (error)
                 return error;
@@ -109,7 +141,7 @@ int post_receive(struct ibv_qp *plain, struct ibv_recv_wr *wr, struct ibv_recv_w
         struct queue_pair *queue = queue_of(plain);
         int error = opened_is_lost(plain->context) ? EIO : 0;
 
-        if (queue_state(queue) == IBV_QPS_RESET)
+        if (queue_state(queue) == IBV_QPS_RESET || queue->shared)
                 error = EINVAL;
         while (wr && !error) {
                 error = receive_queue_add(&queue->receives, wr);

@@ -8,6 +8,9 @@
 int post_send(struct ibv_qp *plain, struct ibv_send_wr *wr, struct ibv_send_wr **bad);
 int post_receive(struct ibv_qp *plain, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad);
 
+/* May all of these operations (enum ibv_qp_create_send_ops_flags) be posted to queue pairs of this
+ * type? */
+bool post_is_known(enum ibv_qp_type type, uint64_t wanted);
 /* Under `sending`: copy a request to the send queue. Returns 0, or what posting it fails with. */
 int post_add(struct queue_pair *queue, const struct ibv_send_wr *wr);
 /* Under `sending`, which it releases: make what was added go on. */

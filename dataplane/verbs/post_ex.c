@@ -237,15 +237,6 @@ static void drop(struct ibv_qp_ex *plain)
         mutex_release(&queue_of_extended(plain)->drafts->mutex);
 }
 
-bool post_ex_is_known(uint64_t operations)
-{
-        return !(operations & ~(uint64_t)(IBV_QP_EX_WITH_RDMA_WRITE | IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM |
-                                          IBV_QP_EX_WITH_SEND | IBV_QP_EX_WITH_SEND_WITH_IMM |
-                                          IBV_QP_EX_WITH_RDMA_READ | IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP |
-                                          IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD | IBV_QP_EX_WITH_LOCAL_INV |
-                                          IBV_QP_EX_WITH_BIND_MW | IBV_QP_EX_WITH_SEND_WITH_INV));
-}
-
 static void set_functions(struct ibv_qp_ex *plain)
 {
         plain->wr_atomic_cmp_swp = atomic_swap;

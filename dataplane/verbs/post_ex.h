@@ -9,7 +9,5 @@
  */
 bool post_ex_start(struct queue_pair *queue);
 void post_ex_end(struct queue_pair *queue);
-/* Are there others among these than a queue pair has? */
-bool post_ex_is_known(uint64_t operations);
 
 #endif

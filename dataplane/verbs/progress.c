@@ -128,6 +128,17 @@ void progress_loop(struct queue_pair *queue)
         } while (did || (in && before != atomic_load_explicit(&in->tail, memory_order_relaxed)));
 }
 
+void progress_feed(struct queue_pair *queue)
+{
+        progress_make(queue, NULL, true);
+        mutex_take(&queue->sending);
+        if (queue_paired(queue) == QUEUE_PAIRED)
+                queue_publish(queue);
+        mutex_release(&queue->sending);
+        if (atomic_load_explicit(&queue->looped, memory_order_relaxed))
+                progress_loop(queue);
+}
+
 bool progress_arm(struct queue_pair *queue)
 {
         struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);

@@ -20,6 +20,8 @@ void progress_disarm(struct queue_pair *queue);
 void progress_loop(struct queue_pair *queue);
 /* A request was posted: its completion queue is to look at it soon. */
 void progress_note_post(struct queue_pair *queue);
+/* The queue pair's shared receive queue has receives for which it has waited. */
+void progress_feed(struct queue_pair *queue);
 /* How often programs have polled in vain, about. */
 uint32_t progress_polls(void);
 

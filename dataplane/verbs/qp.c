@@ -3,6 +3,7 @@
 #include "attribute_masks.h"
 #include "loop.h"
 #include "numbers.h"
+#include "post.h"
 #include "post_ex.h"
 #include "progress.h"
 #include "requester.h"
@@ -38,12 +39,13 @@ static int check_wanted(const struct ibv_qp_init_attr_ex *wanted)
                 return EOPNOTSUPP;
         if (!(wanted->comp_mask & IBV_QP_INIT_ATTR_PD) || !wanted->pd || !wanted->send_cq || !wanted->recv_cq)
                 return EINVAL;
-        if (wanted->qp_type != IBV_QPT_RC || wanted->srq ||
-            (has_operations(wanted) && !post_ex_is_known(wanted->send_ops_flags)))
+        if ((wanted->qp_type != IBV_QPT_RC && wanted->qp_type != IBV_QPT_UC) ||
+            (has_operations(wanted) && !post_is_known(wanted->qp_type, wanted->send_ops_flags)))
                 return EOPNOTSUPP;
-        if (cap->max_send_wr > MOST_REQUESTS || cap->max_recv_wr > MOST_REQUESTS ||
-            cap->max_send_sge > MOST_PIECES || cap->max_recv_sge > MOST_PIECES ||
+        if (cap->max_send_wr > MOST_REQUESTS || cap->max_send_sge > MOST_PIECES ||
             cap->max_inline_data > MOST_INLINE)
+                return EINVAL;
+        if (!wanted->srq && (cap->max_recv_wr > MOST_REQUESTS || cap->max_recv_sge > MOST_PIECES))
                 return EINVAL;
         return 0;
 }
@@ -55,6 +57,7 @@ static void set_events(struct queue_pair *queue)
             [QUEUE_REQUEST_ERROR] = IBV_EVENT_QP_REQ_ERR,
             [QUEUE_ACCESS_ERROR] = IBV_EVENT_QP_ACCESS_ERR,
             [QUEUE_DRAINED] = IBV_EVENT_SQ_DRAINED,
+            [QUEUE_LAST_RECEIVE] = IBV_EVENT_QP_LAST_WQE_REACHED,
         };
 
         for (int i = 0; i < QUEUE_EVENTS; i++)
@@ -102,6 +105,7 @@ struct ibv_qp *qp_create_extended(struct ibv_context *context, struct ibv_qp_ini
                                                .pd = wanted->pd,
                                                .send_cq = wanted->send_cq,
                                                .recv_cq = wanted->recv_cq,
+                                               .srq = wanted->srq,
                                                .state = IBV_QPS_RESET,
                                                .qp_type = wanted->qp_type};
         atomic_store_explicit(&queue->bell, -1, memory_order_relaxed);
@@ -110,6 +114,10 @@ struct ibv_qp *qp_create_extended(struct ibv_context *context, struct ibv_qp_ini
         queue->send_cq = cq_of(wanted->send_cq);
         queue->receive_cq = cq_of(wanted->recv_cq);
         queue->attributes.cap = wanted->cap;
+        if (wanted->srq) {
+                queue->shared = shared_of(wanted->srq);
+                queue->attributes.cap.max_recv_wr = queue->attributes.cap.max_recv_sge = 0;
+        }
         set_events(queue);
         if (atomic_fetch_add_explicit(&queue_pairs, 1, memory_order_relaxed) >= port_most_queue_pairs() ||
             !make_parts(queue, has_operations(wanted))) {
@@ -119,6 +127,8 @@ struct ibv_qp *qp_create_extended(struct ibv_context *context, struct ibv_qp_ini
         }
         queue->plain.qp_base.handle = queue->plain.qp_base.qp_num;
         domain_use(wanted->pd);
+        if (queue->shared)
+                shared_join(queue->shared, &queue->feeding, queue);
         return &queue->plain.qp_base;
 }
 
@@ -139,6 +149,8 @@ VERB int ibv_destroy_qp(struct ibv_qp *plain)
 
         progress_leave(queue, lost);
         if (!lost) {
+                if (queue->shared)
+                        shared_leave(queue->shared, &queue->feeding);
                 number_return(plain->qp_num);
                 queue_reset(queue);
                 for (int i = 0; i < QUEUE_EVENTS; i++)

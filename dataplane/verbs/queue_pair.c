@@ -58,7 +58,7 @@ void queue_flush_receives(struct queue_pair *queue, const struct cq *polled)
 {
         struct ibv_wc wc = {.status = IBV_WC_WR_FLUSH_ERR, .opcode = IBV_WC_RECV};
 
-        while (queue->busy || receive_queue_take(&queue->receives, &queue->now)) {
+        while (queue->busy || (!queue->shared && receive_queue_take(&queue->receives, &queue->now))) {
                 queue->busy = false;
                 queue_complete_receive(queue, &wc, false, polled);
         }
@@ -128,15 +128,42 @@ static bool put_note(struct queue_pair *queue, struct record note)
         return record_put(&queue->sender, &note, NULL) == RECORD_OK;
 }
 
+/* Receives that the other side may use, since the beginning. */
+static uint32_t count_receives(struct queue_pair *queue)
+{
+        if (queue->shared)
+                return atomic_load_explicit(&queue->consumed, memory_order_relaxed) +
+                       receives_in(&queue->shared->receives);
+        return atomic_load_explicit(&queue->receives.tail, memory_order_relaxed) +
+               atomic_load_explicit(&queue->lost, memory_order_relaxed);
+}
+
+/* How many more messages the other side may send, as far as it knows. */
+static int32_t credit_left(const struct queue_pair *queue)
+{
+        return (int32_t)(queue->credit_told - atomic_load_explicit(&queue->consumed, memory_order_relaxed));
+}
+
 /* The other side hears of new receives when it may send no more than there are new ones. So it
- * never waits for one that is posted, and hears of many at once. */
+ * never waits for one that is posted, and hears of many at once. It hears that others have taken
+ * those of a shared receive queue when a message of its own waits for one. */
 static bool owes_credit(const struct queue_pair *queue, uint32_t posted)
 {
-        int32_t left =
-            (int32_t)(queue->credit_told - atomic_load_explicit(&queue->consumed, memory_order_relaxed));
-        uint32_t new_ones = posted - queue->credit_told;
+        int32_t new_ones = (int32_t)(posted - queue->credit_told);
 
-        return queue->credit_due || (new_ones && (int32_t)new_ones >= left);
+        return queue->credit_due || (new_ones > 0 && new_ones >= credit_left(queue)) ||
+               (new_ones < 0 && atomic_load_explicit(&queue->stalled, memory_order_relaxed));
+}
+
+/* If the other side may send no more, whoever posts receives makes this queue pair tell it. */
+static uint32_t count_receives_or_hunger(struct queue_pair *queue)
+{
+        uint32_t posted = count_receives(queue);
+
+        if (!queue->shared || owes_credit(queue, posted) || credit_left(queue) > 0)
+                return posted;
+        shared_hunger(queue->shared, &queue->feeding);
+        return count_receives(queue);
 }
 
 static bool owes_done(const struct queue_pair *queue)
@@ -147,7 +174,7 @@ static bool owes_done(const struct queue_pair *queue)
 /* These are states: whatever has not been put yet is replaced by what is newer. */
 static void put_notes(struct queue_pair *queue)
 {
-        uint32_t posted = atomic_load_explicit(&queue->receives.tail, memory_order_relaxed);
+        uint32_t posted = count_receives_or_hunger(queue);
 
         if (queue->refusal && put_note(queue, (struct record){.operation = RECORD_REFUSED,
                                                               .psn = queue->refused,
@@ -159,6 +186,7 @@ static void put_notes(struct queue_pair *queue)
                                             .total = posted})) {
                 queue->credit_due = false;
                 queue->credit_told = posted;
+                posted = count_receives_or_hunger(queue);
         }
         if (owes_done(queue) &&
             put_note(queue, (struct record){.operation = RECORD_DONE, .psn = queue->done - 1}))
@@ -292,6 +320,8 @@ void queue_enter_error(struct queue_pair *queue, const struct cq *polled)
         queue_publish(queue);
         queue_flush_sends(queue, polled);
         queue_flush_receives(queue, polled);
+        if (queue->shared)
+                queue_tell(queue, QUEUE_LAST_RECEIVE);
 }
 
 void queue_settle(struct queue_pair *queue, const struct cq *polled)
@@ -315,11 +345,14 @@ static void forget(struct queue_pair *queue)
         memset(&queue->sender, 0, sizeof queue->sender);
         memset(&queue->receiver, 0, sizeof queue->receiver);
         queue->ready = queue->credit_due = queue->close_due = queue->busy = queue->swapped = false;
-        queue->draining = queue->died = false;
+        queue->draining = queue->died = queue->unheard = queue->skips = false;
+        queue->ahead = (struct record_receiver){0};
         queue->credit = queue->spent = queue->time = queue->executed = queue->asking = 0;
         queue->refusal = queue->done = queue->done_told = queue->credit_told = 0;
         queue->asked = queue->since = 0;
         atomic_store_explicit(&queue->consumed, 0, memory_order_relaxed);
+        atomic_store_explicit(&queue->lost, 0, memory_order_relaxed);
+        atomic_store_explicit(&queue->stalled, false, memory_order_relaxed);
         atomic_store_explicit(&queue->open, 0, memory_order_relaxed);
         atomic_store_explicit(&queue->seen, 0, memory_order_relaxed);
         atomic_store_explicit(&queue->owes, false, memory_order_relaxed);

@@ -16,6 +16,10 @@
  * or when there is one: the other side may rightly be gone after the last one.
  * One that is connected with itself needs no router: loop.h.
  *
+ * A queue pair of type UC (IBV_QPT_UC) loses what can't be executed instead: a message without a
+ * receive, a write without a key, and everything while the other side isn't there. Its requests
+ * complete once they are on their way, or lost.
+ *
  * A queue pair that fails becomes ERR. It takes no more records, so that nothing of the other
  * side's completes as if it were executed, and tells it by CLOSE. All that was posted is flushed.
  *
@@ -29,11 +33,19 @@
 #include "cq.h"
 #include "opened.h"
 #include "record.h"
+#include "shared_receives.h"
 #include "work.h"
 
 enum queue_pairing { QUEUE_ALONE, QUEUE_ASKED, QUEUE_PAIRED, QUEUE_LOST };
 
-enum queue_event { QUEUE_FATAL, QUEUE_REQUEST_ERROR, QUEUE_ACCESS_ERROR, QUEUE_DRAINED, QUEUE_EVENTS };
+enum queue_event {
+        QUEUE_FATAL,
+        QUEUE_REQUEST_ERROR,
+        QUEUE_ACCESS_ERROR,
+        QUEUE_DRAINED,
+        QUEUE_LAST_RECEIVE,
+        QUEUE_EVENTS
+};
 
 struct queue_pair;
 
@@ -57,6 +69,8 @@ struct queue_pair {
         struct ibv_qp_attr attributes; /* that the program has set */
         union ibv_gid gid;             /* of its path, from here */
         struct cq *send_cq, *receive_cq;
+        struct shared_receives *shared; /* where its receives are; NULL: they are its own */
+        struct shared_member feeding;
         struct queue_member members[2]; /* of receive_cq, and of send_cq if that is another one */
         struct event events[QUEUE_EVENTS];
         /* Hints, for whoever looks without a mutex whether there is something to do: */
@@ -98,16 +112,21 @@ struct queue_pair {
         uint32_t credit_told;
         bool credit_due, close_due;
         bool draining; /* SQD, and some requests have begun */
+        bool unheard;  /* UC: the other side has not been ready for a while; whatever would wait is lost */
 
         /* --- under `receiving` --- */
         struct receive_queue receives;
         struct record_receiver receiver;
         struct receive_work now; /* of the message that is coming */
         struct work_spot spot;
-        bool busy;    /* there is such a message */
-        bool swapped; /* the atomic operation that comes next is executed, with this result */
+        bool busy;                    /* there is such a message */
+        bool skips;                   /* UC: the rest of the message or write that is coming is lost */
+        _Atomic bool stalled;         /* a message waits for a receive */
+        struct record_receiver ahead; /* while it does: up to where answers behind it were taken */
+        bool swapped;                 /* the atomic operation that comes next is executed, with this result */
         uint64_t swapped_from;
-        _Atomic uint32_t consumed; /* receives */
+        _Atomic uint32_t consumed; /* receives, or lost messages for which there were none */
+        _Atomic uint32_t lost;     /* of the latter */
 };
 
 /* What pairs queue pairs: pair.h. */
@@ -147,6 +166,17 @@ static inline bool queue_executes(const struct queue_pair *queue)
 
         return queue_paired(queue) == QUEUE_PAIRED &&
                (state == IBV_QPS_RTR || state == IBV_QPS_RTS || state == IBV_QPS_SQD);
+}
+
+/* Does it tell whether the other side has executed a request? UC does not. */
+static inline bool queue_is_reliable(const struct queue_pair *queue)
+{
+        return queue->plain.qp_base.qp_type == IBV_QPT_RC;
+}
+
+static inline struct receive_queue *queue_receives(struct queue_pair *queue)
+{
+        return queue->shared ? &queue->shared->receives : &queue->receives;
 }
 
 /* Both mutexes. */

@@ -273,10 +273,15 @@ void record_take(struct record_receiver *receiver, struct cursor *to, uint32_t s
         receiver->taken += size;
 }
 
-void record_done(struct record_receiver *receiver)
+void record_skip(struct record_receiver *receiver)
 {
         receiver->head += record_size(receiver->now.length);
         receiver->held = false;
+}
+
+void record_done(struct record_receiver *receiver)
+{
+        record_skip(receiver);
         /* Pairs with make_room() and record_taken(). */
         atomic_store_explicit(&receiver->view.ring->head, receiver->head, memory_order_release);
 }

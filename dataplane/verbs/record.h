@@ -192,6 +192,8 @@ enum record_outcome record_taken(const struct record_sender *sender, uint64_t ta
 enum record_outcome record_next(struct record_receiver *receiver);
 /* Copy the next bytes of the payload of `now`: no more than are left of it. */
 void record_take(struct record_receiver *receiver, struct cursor *to, uint32_t size);
+/* Go on behind `now`, for a copy of a receiver: what the other side knows is not changed. */
+void record_skip(struct record_receiver *receiver);
 /* `now` was executed: its room is free. The caller then wakes senders. */
 void record_done(struct record_receiver *receiver);
 

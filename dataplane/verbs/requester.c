@@ -136,6 +136,13 @@ static bool may_begin(const struct queue_pair *queue, const struct send_work *wo
         return !send_takes_receive(work) || (int32_t)(queue->credit - queue->spent) > 0;
 }
 
+/* UC: the request is lost, and so are those behind it that would have to wait. */
+static void lose(struct queue_pair *queue, struct send_work *work)
+{
+        queue->unheard = true;
+        work->whole = true;
+}
+
 /* Put a record, or do what is to be done alone. */
 static enum record_outcome put_next(struct queue_pair *queue, struct send_work *work)
 {
@@ -143,8 +150,13 @@ static enum record_outcome put_next(struct queue_pair *queue, struct send_work *
                 spoil(work, IBV_WC_LOC_QP_OP_ERR);
                 return RECORD_OK;
         }
-        if (!work->begun && !may_begin(queue, work))
-                return RECORD_WAIT;
+        if (!work->begun && !may_begin(queue, work)) {
+                if (!queue->unheard)
+                        return RECORD_WAIT;
+                lose(queue, work);
+                return RECORD_OK;
+        }
+        queue->unheard &= !send_takes_receive(work);
         if (send_is_local(work)) {
                 do_alone(queue, work);
                 return RECORD_OK;
@@ -160,13 +172,28 @@ static bool goes_on(const struct queue_pair *queue, const struct send_work *work
         return !work->status && (state == IBV_QPS_RTS || (state == IBV_QPS_SQD && work->begun));
 }
 
+/* UC: there is nobody whom they could reach. */
+static void lose_all(struct queue_pair *queue)
+{
+        struct send_queue *sends = &queue->sends;
+
+        if (!queue->unheard)
+                return;
+        for (; sends->next != sends->tail && goes_on(queue, send_at(sends, sends->next)); sends->next++)
+                lose(queue, send_at(sends, sends->next));
+}
+
 void requester_push(struct queue_pair *queue)
 {
         struct send_queue *sends = &queue->sends;
         enum record_outcome outcome = RECORD_OK;
 
-        if (!queue_is_ready(queue) || atomic_load_explicit(&queue->failed, memory_order_relaxed))
+        if (atomic_load_explicit(&queue->failed, memory_order_relaxed))
                 return;
+        if (!queue_is_ready(queue)) {
+                lose_all(queue);
+                return;
+        }
         while (sends->next != sends->tail && outcome == RECORD_OK) {
                 struct send_work *work = send_at(sends, sends->next);
 
@@ -204,7 +231,7 @@ static bool is_done(struct queue_pair *queue, const struct send_work *work)
                 return false;
         if (send_is_asking(work))
                 return work->answered;
-        return send_is_local(work) || is_executed(queue, work);
+        return send_is_local(work) || !queue_is_reliable(queue) || is_executed(queue, work);
 }
 
 /* The oldest request has lost the other side. */
@@ -221,6 +248,10 @@ void requester_complete(struct queue_pair *queue, const struct cq *polled)
 
         if (atomic_load_explicit(&queue->failed, memory_order_relaxed))
                 return;
+        if (queue_paired(queue) == QUEUE_LOST && !queue_is_reliable(queue)) {
+                queue->unheard = true;
+                lose_all(queue);
+        }
         while (sends->head != sends->next && is_done(queue, send_at(sends, sends->head)))
                 queue_complete_send(queue, IBV_WC_SUCCESS, polled);
         if (queue->draining && sends->head == sends->next &&
@@ -234,7 +265,7 @@ void requester_complete(struct queue_pair *queue, const struct cq *polled)
         /* A request that fails is the oldest that is put, or the first that isn't. */
         if (send_at(sends, sends->head)->status)
                 queue_complete_send(queue, (enum ibv_wc_status)send_at(sends, sends->head)->status, polled);
-        else if (queue_paired(queue) == QUEUE_LOST)
+        else if (queue_paired(queue) == QUEUE_LOST && queue_is_reliable(queue))
                 fail_lost(queue, polled);
 }
 
@@ -372,7 +403,9 @@ static uint64_t patience(const struct queue_pair *queue)
         const uint64_t least_to_pair = 1000000000, least_for_receive = 100000000;
         uint64_t time;
 
-        if (queue->ready) {
+        if (!queue_is_reliable(queue)) {
+                time = queue->ready ? least_for_receive : least_to_pair;
+        } else if (queue->ready) {
                 time = set->rnr_retry == 7 ? 0 : time_of(queue->time) * set->rnr_retry + least_for_receive;
         } else {
                 time = set->timeout ? (UINT64_C(4096) << set->timeout) * (set->retry_cnt + UINT64_C(1)) : 0;
@@ -381,14 +414,23 @@ static uint64_t patience(const struct queue_pair *queue)
         return time;
 }
 
+/* Does the oldest request wait for what may never come? One that has begun does if the other side
+ * says that it has fewer receives than messages have come. */
+static bool waits_in_vain(const struct queue_pair *queue, const struct send_work *work)
+{
+        if (work->begun)
+                return send_takes_receive(work) && (int32_t)(queue->credit - queue->spent) < 0;
+        return !queue->ready || send_takes_receive(work);
+}
+
 void requester_check_time(struct queue_pair *queue)
 {
         struct send_queue *sends = &queue->sends;
         struct send_work *work = send_at(sends, sends->head);
         uint64_t most, now;
 
-        if (sends->head == sends->tail || work->begun || work->status || queue_state(queue) != IBV_QPS_RTS ||
-            (queue->ready && !send_takes_receive(work)))
+        if (sends->head == sends->tail || work->status || queue_state(queue) != IBV_QPS_RTS ||
+            !waits_in_vain(queue, work))
                 return;
         most = patience(queue);
         if (!most)
@@ -396,6 +438,8 @@ void requester_check_time(struct queue_pair *queue)
         now = monotonic();
         if (!queue->since)
                 queue->since = now;
+        else if (now - queue->since > most && !queue_is_reliable(queue))
+                queue->unheard = true;
         else if (now - queue->since > most)
                 spoil(work, queue->ready ? IBV_WC_RNR_RETRY_EXC_ERR : IBV_WC_RETRY_EXC_ERR);
 }

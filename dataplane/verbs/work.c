@@ -205,12 +205,6 @@ void receive_queue_end(struct receive_queue *queue)
         *queue = (struct receive_queue){0};
 }
 
-static uint32_t receives_in(const struct receive_queue *queue)
-{
-        return atomic_load_explicit(&queue->tail, memory_order_relaxed) -
-               atomic_load_explicit(&queue->head, memory_order_relaxed);
-}
-
 int receive_queue_add(struct receive_queue *queue, const struct ibv_recv_wr *wr)
 {
         uint32_t tail;
@@ -257,6 +251,46 @@ bool receive_queue_take(struct receive_queue *queue, struct receive_work *work)
         for (uint32_t i = 0; i < work->count; i++)
                 work->room += work->pieces[i].length;
         return true;
+}
+
+/* Under the mutex: into arrays for more or fewer of them. */
+static void move_receives(struct receive_queue *queue, struct receive_queue *to)
+{
+        uint32_t head = atomic_load_explicit(&queue->head, memory_order_relaxed);
+        uint32_t count = receives_in(queue);
+
+        for (uint32_t i = 0; i < count; i++) {
+                size_t from = (head + i) & queue->mask, at = i & to->mask;
+
+                to->slots[at] = queue->slots[from];
+                memcpy(to->pieces + at * to->most_pieces, queue->pieces + from * queue->most_pieces,
+                       queue->slots[from].count * sizeof *to->pieces);
+        }
+        free(queue->slots);
+        free(queue->pieces);
+        queue->slots = to->slots;
+        queue->pieces = to->pieces;
+        queue->mask = to->mask;
+        queue->most = to->most;
+        atomic_store_explicit(&queue->head, 0, memory_order_relaxed);
+        atomic_store_explicit(&queue->tail, count, memory_order_relaxed);
+}
+
+int receive_queue_resize(struct receive_queue *queue, uint32_t most)
+{
+        struct receive_queue to;
+        bool fits;
+
+        if (!receive_queue_start(&to, most, queue->most_pieces))
+                return ENOMEM;
+        mutex_take(&queue->mutex);
+        fits = receives_in(queue) <= most;
+        if (fits)
+                move_receives(queue, &to);
+        mutex_release(&queue->mutex);
+        if (!fits)
+                receive_queue_end(&to);
+        return fits ? 0 : EINVAL;
 }
 
 void receive_queue_clear(struct receive_queue *queue)

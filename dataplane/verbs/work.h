@@ -151,12 +151,21 @@ struct receive_queue {
         _Atomic uint32_t head, tail; /* only written under the mutex */
 };
 
+static inline uint32_t receives_in(const struct receive_queue *queue)
+{
+        return atomic_load_explicit(&queue->tail, memory_order_relaxed) -
+               atomic_load_explicit(&queue->head, memory_order_relaxed);
+}
+
 bool receive_queue_start(struct receive_queue *queue, uint32_t most, uint32_t pieces);
 void receive_queue_end(struct receive_queue *queue);
 /* Copy a receive. Returns 0, ENOMEM if the queue is full, or EINVAL. */
 int receive_queue_add(struct receive_queue *queue, const struct ibv_recv_wr *wr);
 /* Take the oldest one. False: there is none. */
 bool receive_queue_take(struct receive_queue *queue, struct receive_work *work);
+/* Change how many there is room for, keeping those that are there. Returns 0, EINVAL if more are
+ * there, or ENOMEM. */
+int receive_queue_resize(struct receive_queue *queue, uint32_t most);
 /* Forget all. */
 void receive_queue_clear(struct receive_queue *queue);
 

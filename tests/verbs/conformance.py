@@ -42,7 +42,6 @@ BY_ADDRESS: Final = ("test_rdmacm",)
 ADDRESS: Final = "10.0.4.1"
 _NO_DEVICE_MEMORY: Final = "there is no memory on the device: max_dm_size is 0"
 _NO_UD: Final = "there are no queue pairs of type UD yet"
-_NO_UC: Final = "there are no queue pairs of type UC yet"
 _NO_XRC: Final = "XRC is not supported"
 _NO_RAW: Final = "there are no raw packets"
 _NO_TYPE_1: Final = "memory windows of type 1 are not supported"
@@ -62,7 +61,6 @@ LEFT_OUT: Final = {
     "test_mr.DmaBufTestCase": _NO_GPU,
     "test_mr.MWTest.test_invalidate_mw_type1": _NO_TYPE_1,
     "test_mr.MWTest.test_mw_type1": _NO_TYPE_1,
-    **{f"test_qp.QPTest.test_create_uc_qp_{how}": _NO_UC for how in _HOW},
     **{f"test_qp.QPTest.test_create_ud_qp_{how}": _NO_UD for how in _HOW},
     **{f"test_qp.QPTest.test_create_raw_qp_{how}": _NO_RAW for how in _HOW},
     **{
@@ -72,7 +70,6 @@ LEFT_OUT: Final = {
     "test_qp.QPTest.test_modify_ud_qp": _NO_UD,
     "test_qp.QPTest.test_query_data_in_order": _NO_UD,
     "test_qp.QPTest.test_query_raw_qp": _NO_RAW,
-    "test_qp.QPTest.test_query_uc_qp": _NO_UC,
     "test_qp.QPTest.test_query_ud_qp": _NO_UD,
     "test_qpex.QpExTestCase.test_full_rq_bad_flow": _NO_UD,
     "test_qpex.QpExTestCase.test_post_receive_qp_state_bad_flow": _NO_UD,

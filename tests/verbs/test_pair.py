@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,10 @@ def free_port() -> int:
     return port
 
 
-def play(library: Path, path: Path, *options: str) -> list[str]:
-    """What the two processes print."""
+def play(library: Path, path: Path, command: Sequence[str]) -> list[str]:
+    """What the two processes of a program print."""
     port = free_port()
-    command = [PROGRAM, "-g", "0", "-p", str(port), *options]
+    command = [*command, "-p", str(port)]
     ends: list[subprocess.Popen[str]] = []
     try:
         for arguments in ([], ["127.0.0.1"]):
@@ -95,7 +96,7 @@ def test_ping_pong(library: Path, tmp_path: Path, options: list[str]) -> None:
         pytest.skip(f"missing: {PROGRAM} (make setup), {LIBRARY} (make library)")
     path = tmp_path / "router.sock"
     with hand_router(path) as router:
-        said = play(library, path, *options)
+        said = play(library, path, [PROGRAM, "-g", "0", *options])
         check_given_back(router)
     assert all("iters in" in text for text in said), said
 
@@ -106,7 +107,7 @@ def test_with_the_real_router(library: Path, tmp_path: Path, options: list[str])
     if shutil.which(PROGRAM) is None or not LIBRARY.exists():
         pytest.skip(f"missing: {PROGRAM} (make setup), {LIBRARY} (make library)")
     with router(tmp_path) as made:
-        said = play(library, made.socket, *options)
+        said = play(library, made.socket, [PROGRAM, "-g", "0", *options])
     assert all("iters in" in text for text in said), said
 
 

@@ -1,5 +1,5 @@
-"""Queue pairs through the functions that programs call, without a router: see `queue_pairs.c` and
-`queue_torture.c`.
+"""Queue pairs through the functions that programs call, without a router: see `queue_pairs.c`,
+`queue_kinds.c` and `queue_torture.c`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,15 @@ def test_operations_and_errors(tmp_path: Path, sanitizer: str) -> None:
     and limits, order and attributes are those of a device.
     """
     run_test(compile_test("queue_pairs", tmp_path, sanitizer, *sources()))
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_unreliable_and_shared(tmp_path: Path, sanitizer: str) -> None:
+    """Queue pairs of type UC lose what can't be executed and go on, those with a shared receive
+    queue take turns at its receives and don't wait for ever, and address handles lead where they
+    say.
+    """
+    run_test(compile_test("queue_kinds", tmp_path, sanitizer, *sources()))
 
 
 @pytest.mark.timeout(2 * int(SECONDS) + 200)
