@@ -1,6 +1,7 @@
 #include "agent.h"
 
 #include "client.h"
+#include "datagrams.h"
 #include "monotonic.h"
 #include "numbers.h"
 #include "progress.h"
@@ -176,6 +177,39 @@ static void go_on(void *owner, void *argument)
             atomic_load_explicit(&queue->open, memory_order_relaxed) || queue_paired(queue) == QUEUE_ASKED;
 }
 
+static void go_on_sending(void *owner, void *argument)
+{
+        struct queue_pair *queue = owner;
+
+        if (queue_has_datagrams(queue) && atomic_load_explicit(&queue->open, memory_order_relaxed))
+                go_on(queue, argument);
+}
+
+/* Something has come of a peer, or there is room in its ring for datagrams of whatever queue pairs
+ * wait. */
+static void go_on_with_peer(struct datagram_peer *peer, struct turn *turn)
+{
+        if (turn->spins)
+                datagrams_disarm_one(peer);
+        else if (turn->arm && !datagrams_arm_one(peer))
+                turn->no_bell = true;
+        turn->did |= datagrams_take_from(peer);
+        turn->waits |= datagrams_are_held();
+        if (atomic_load_explicit(&peer->crowded, memory_order_relaxed) &&
+            atomic_exchange_explicit(&peer->crowded, false, memory_order_relaxed))
+                numbers_each(go_on_sending, turn);
+        datagrams_check_one(peer);
+}
+
+/* The owner of a slot whose bell has rung. */
+static void go_on_with(uint32_t owner, struct turn *turn)
+{
+        if (owner & AGENT_DATAGRAMS)
+                go_on_with_peer(atomic_load(&datagram_peers[owner % MOST_DATAGRAM_PEERS]), turn);
+        else
+                number_use(owner, go_on, turn);
+}
+
 /* True: there is a slot whose owner is not known. */
 static bool owners_of(const struct rung *rung, uint32_t numbers[SIDES * SLOTS], uint32_t *count)
 {
@@ -211,7 +245,7 @@ static void go_on_some(struct turn *turn)
                         continue;
                 owners_of(&rings[i], numbers, &count);
                 for (uint32_t j = 0; j < count; j++)
-                        number_use(numbers[j], go_on, turn);
+                        go_on_with(numbers[j], turn);
         }
 }
 
@@ -289,6 +323,7 @@ static void share_bells(void)
                         known.bell = watched->bell;
                 mutex_release(&agent.mutex);
                 numbers_each(set_bell, &known);
+                datagrams_set_bell(known.arena, known.bell);
         }
 }
 
@@ -435,7 +470,12 @@ static void go_on_all(struct turn *turn)
                 client_open(0);
         turn->unasked = false;
         client_receive();
+        if (turn->arm && !datagrams_arm())
+                turn->no_bell = true;
         numbers_each(go_on, turn);
+        turn->did |= datagrams_take(NULL, true);
+        turn->waits |= datagrams_are_held();
+        datagrams_check();
         turn->visit = visit();
 }
 

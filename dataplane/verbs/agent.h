@@ -17,6 +17,8 @@
 
 #include "queue_pair.h"
 
+enum { AGENT_DATAGRAMS = 1 << 24 /* above the numbers of queue pairs */ };
+
 /* Run from now on, and look at once at all there is. False: there is no thread. */
 bool agent_start(void);
 /* Have it call this in each turn, too. Returns how many ms from then on it is to be called again at
@@ -25,8 +27,9 @@ void agent_visit(int (*turn)(void));
 /* A queue pair is about to have this place. Returns the bell of its arena, or -1: there is none
  * yet. */
 int agent_join(const struct place *place);
-/* The bell's rings for this place are for the queue pair with this number; until this is called, or
- * with 0, all queue pairs go on when it rings. */
+/* The bell's rings for this place are for the queue pair with this number, or for the peer of whom
+ * datagrams come (AGENT_DATAGRAMS | its index); until this is called, or with 0, all queue pairs go
+ * on when it rings. */
 void agent_serve(const struct place *place, uint32_t number);
 /* It is about to give it back. */
 void agent_leave(const struct place *place);

@@ -18,7 +18,7 @@ static struct ibv_ah *fail(int error)
 VERB struct ibv_ah *ibv_create_ah(struct ibv_pd *pd, struct ibv_ah_attr *wanted)
 {
         static const union ibv_gid nobody;
-        struct address *address;
+        struct address_handle *handle;
         union ibv_gid from;
 
         if (opened_is_lost(pd->context))
@@ -28,20 +28,20 @@ VERB struct ibv_ah *ibv_create_ah(struct ibv_pd *pd, struct ibv_ah_attr *wanted)
             !port_gid(wanted->grh.sgid_index, &from) ||
             memcmp(&wanted->grh.dgid, &nobody, sizeof nobody) == 0)
                 return fail(EINVAL);
-        address = calloc(1, sizeof *address);
-        if (!address)
+        handle = calloc(1, sizeof *handle);
+        if (!handle)
                 return fail(ENOMEM);
-        address->plain = (struct ibv_ah){.context = pd->context, .pd = pd};
-        address->from = from;
-        memcpy(&address->to, &wanted->grh.dgid, sizeof address->to);
+        handle->plain = (struct ibv_ah){.context = pd->context, .pd = pd};
+        handle->from = from;
+        memcpy(&handle->to, &wanted->grh.dgid, sizeof handle->to);
         domain_use(pd);
-        return &address->plain;
+        return &handle->plain;
 }
 
 VERB int ibv_destroy_ah(struct ibv_ah *plain)
 {
         domain_leave(plain->pd);
-        free(address_of(plain));
+        free(handle_of(plain));
         return 0;
 }
 

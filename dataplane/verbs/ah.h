@@ -4,14 +4,14 @@
 
 #include "verb.h"
 
-struct address {
+struct address_handle {
         struct ibv_ah plain; /* what programs know */
         union ibv_gid from, to;
 };
 
-static inline struct address *address_of(struct ibv_ah *plain)
+static inline struct address_handle *handle_of(struct ibv_ah *plain)
 {
-        return (struct address *)(void *)plain;
+        return (struct address_handle *)(void *)plain;
 }
 
 #endif

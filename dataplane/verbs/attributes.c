@@ -18,6 +18,7 @@ enum {
         ACK_DELAY = 15,
         SYSFS_ROCE_V2 = 1, /* the type of a GID, as drivers name it */
         OTHERS = 65536,    /* protection domains, address handles */
+        GROUPS = 1024,     /* of datagrams */
 };
 
 static void describe_device(struct ibv_device_attr *to)
@@ -45,6 +46,9 @@ static void describe_device(struct ibv_device_attr *to)
             .max_qp_init_rd_atom = MOST_READS,
             .atomic_cap = IBV_ATOMIC_GLOB,
             .max_ah = OTHERS,
+            .max_mcast_grp = GROUPS,
+            .max_mcast_qp_attach = GROUPS,
+            .max_total_mcast_qp_attach = GROUPS * GROUPS,
             .max_srq = MOST_RECEIVE_QUEUES,
             .max_srq_wr = MOST_REQUESTS,
             .max_srq_sge = MOST_PIECES,

@@ -74,20 +74,10 @@ static void take_in_order(struct record_receiver *receiver, struct cursor *curso
 
 /* --- receives */
 
-static bool find_receive(struct queue_pair *queue)
-{
-        if (!queue->shared)
-                return receive_queue_take(&queue->receives, &queue->now);
-        if (shared_take(queue->shared, &queue->now))
-                return true;
-        shared_hunger(queue->shared, &queue->feeding);
-        return shared_take(queue->shared, &queue->now);
-}
-
 /* Take a receive, if there is one, for a message that begins. */
 static bool begin_receive(struct queue_pair *queue)
 {
-        if (!queue->busy && !find_receive(queue))
+        if (!queue->busy && !queue_find_receive(queue))
                 return false;
         atomic_fetch_add_explicit(&queue->consumed, 1, memory_order_relaxed);
         atomic_store_explicit(&queue->stalled, false, memory_order_relaxed);

@@ -2,6 +2,9 @@
 
 #include "agent.h"
 #include "client.h"
+#include "datagram_slots.h"
+#include "datagrams.h"
+#include "groups.h"
 #include "monotonic.h"
 #include "numbers.h"
 #include "queue_pair.h"
@@ -22,6 +25,21 @@ enum {
 /* While a request is sent, so that each is sent once by a socket. */
 static struct mutex asking;
 
+/* Datagrams may come to the queue pair, or no more. False: the router was not told. */
+static bool tell_of_datagrams(const struct queue_pair *queue, uint32_t epoch, bool open)
+{
+        struct v_datagrams message = {.message = {.kind = V_DATAGRAMS, .size = sizeof message},
+                                      .qpn = queue->plain.qp_base.qp_num,
+                                      .on = open};
+
+        return client_send(&message, sizeof message, epoch);
+}
+
+static void join_group(const struct queue_pair *queue, const union ibv_gid *group)
+{
+        datagram_router->join(queue, group, true);
+}
+
 /* Ask, unless that has been done by the router's socket that is there. It is not done before the
  * router has described the device, which it may number anew. */
 static void ask_by_socket(const struct freeflow_services *here, struct queue_pair *queue)
@@ -41,11 +59,18 @@ static void ask_by_socket(const struct freeflow_services *here, struct queue_pai
         queue->asked_for = false;
         if (queue->ask_at && monotonic() < queue->ask_at)
                 return;
-        if (!client_epoch(&epoch) || !port_find(&queue->gid, &wanted.gid_index))
+        if (!client_epoch(&epoch))
+                return;
+        queue->asked_by = epoch;
+        if (queue_has_datagrams(queue)) {
+                queue->asked_for = tell_of_datagrams(queue, epoch, true);
+                groups_of(queue, join_group);
+                return;
+        }
+        if (!port_find(&queue->gid, &wanted.gid_index))
                 return;
         memcpy(wanted.peer_gid.bytes, queue->attributes.ah_attr.grh.dgid.raw, sizeof wanted.peer_gid.bytes);
         queue->asked_for = client_send(&wanted, sizeof wanted, epoch);
-        queue->asked_by = epoch;
 }
 
 static void ask(struct queue_pair *queue)
@@ -186,6 +211,8 @@ static bool handle(struct verbs_message *message)
 {
         const struct freeflow_services *here = client_services();
 
+        if (here && datagram_slots_handle(here, message))
+                return true;
         if (message->header.kind == V_GRANT) {
                 number_use(message->grant.qpn, granted, message);
                 if (here && !message->reason)
@@ -212,8 +239,12 @@ static void leave(struct queue_pair *queue)
         if (!here)
                 return;
         mutex_take(&asking);
-        if (atomic_exchange(&queue->request, 0))
-                client_send(&end, sizeof end, here->epoch());
+        if (atomic_exchange(&queue->request, 0)) {
+                if (queue_has_datagrams(queue))
+                        tell_of_datagrams(queue, here->epoch(), false);
+                else
+                        client_send(&end, sizeof end, here->epoch());
+        }
         mutex_release(&asking);
 }
 
@@ -234,6 +265,7 @@ static void forked(void)
         asking = (struct mutex){0};
         agent_forget();
         numbers_forget();
+        datagrams_forget();
         memory_forget();
 }
 
@@ -246,8 +278,15 @@ static const struct queue_pairer pairer = {
     .ask = ask, .ask_again = ask_again, .listen = client_receive, .ring = ring, .leave = leave};
 static const struct client_user user = {.handle = handle, .forked = forked, .retired = retired};
 
+static void watch(void)
+{
+        agent_start();
+}
+
 void pair_start(void)
 {
         queue_pairer = &pairer;
+        queue_watch = watch;
+        datagram_slots_start();
         client_serve(&user);
 }

@@ -1,11 +1,12 @@
 #include "post.h"
 
+#include "datagrams.h"
 #include "progress.h"
 #include "requester.h"
 
 #include <errno.h>
 
-enum types { ON_RC = 1, ON_UC = 2, CONNECTED = ON_RC | ON_UC };
+enum types { ON_RC = 1, ON_UC = 2, ON_UD = 4, CONNECTED = ON_RC | ON_UC, ALL = CONNECTED | ON_UD };
 
 /* What may be posted, by operation: to queue pairs of which types, and with which flags. */
 static const struct {
@@ -14,8 +15,8 @@ static const struct {
 } operations[] = {
     [IBV_WR_RDMA_WRITE] = {CONNECTED, IBV_SEND_INLINE},
     [IBV_WR_RDMA_WRITE_WITH_IMM] = {CONNECTED, IBV_SEND_INLINE},
-    [IBV_WR_SEND] = {CONNECTED, IBV_SEND_INLINE},
-    [IBV_WR_SEND_WITH_IMM] = {CONNECTED, IBV_SEND_INLINE},
+    [IBV_WR_SEND] = {ALL, IBV_SEND_INLINE},
+    [IBV_WR_SEND_WITH_IMM] = {ALL, IBV_SEND_INLINE},
     [IBV_WR_RDMA_READ] = {ON_RC, 0},
     [IBV_WR_ATOMIC_CMP_AND_SWP] = {ON_RC, 0},
     [IBV_WR_ATOMIC_FETCH_AND_ADD] = {ON_RC, 0},
@@ -26,6 +27,8 @@ static const struct {
 
 static enum types type_of(enum ibv_qp_type type)
 {
+        if (type == IBV_QPT_UD)
+                return ON_UD;
         return type == IBV_QPT_RC ? ON_RC : ON_UC;
 }
 
@@ -85,21 +88,32 @@ int post_add(struct queue_pair *queue, const struct ibv_send_wr *wr)
                 return error;
         if (state == IBV_QPS_RESET || state == IBV_QPS_INIT || state == IBV_QPS_RTR)
                 return EINVAL;
-        return send_queue_add(&queue->sends, wr);
+        if (queue_has_datagrams(queue) && !wr->wr.ud.ah)
+                return EINVAL;
+        return send_queue_add(&queue->sends, wr, queue_has_datagrams(queue));
 }
 
 void post_finish(struct queue_pair *queue)
 {
-        bool waits;
+        bool first = !atomic_load_explicit(&queue->open, memory_order_relaxed), waits;
 
         atomic_store_explicit(&queue->open, queue->sends.tail - queue->sends.head, memory_order_relaxed);
         if (queue_state(queue) == IBV_QPS_ERR)
                 queue_flush_sends(queue, NULL);
+        else if (queue_has_datagrams(queue))
+                datagrams_push(queue, false);
         else
                 requester_push(queue);
         waits = queue->sends.next != queue->sends.tail;
+        /* These are complete, and nothing comes that would make somebody look. */
+        if (!queue_is_reliable(queue))
+                requester_complete(queue, NULL);
         mutex_release(&queue->sending);
         progress_note_post(queue);
+        if (waits && first)
+                queue_watch();
+        if (queue_has_datagrams(queue))
+                datagrams_take_own();
         /* What it waits for may have come already. */
         if (atomic_load_explicit(&queue->looped, memory_order_relaxed))
                 progress_loop(queue);
@@ -159,5 +173,8 @@ int post_receive(struct ibv_qp *plain, struct ibv_recv_wr *wr, struct ibv_recv_w
                 if (atomic_load_explicit(&queue->looped, memory_order_relaxed))
                         progress_loop(queue);
         }
+        /* Nobody else may be looking. */
+        if (queue_has_datagrams(queue) && datagrams_are_held())
+                datagrams_take(NULL, true);
         return error;
 }

@@ -135,8 +135,6 @@ static void send_invalid(struct ibv_qp_ex *plain, uint32_t rkey)
                 wr->invalidate_rkey = rkey;
 }
 
-/* --- their memory */
-
 /* The request that was begun last; NULL: there is none, or it failed. */
 static struct ibv_send_wr *latest(struct queue_pair *queue)
 {
@@ -144,6 +142,19 @@ static struct ibv_send_wr *latest(struct queue_pair *queue)
 
         return drafts->count && !drafts->error ? &drafts->wrs[drafts->count - 1] : NULL;
 }
+
+static void set_address(struct ibv_qp_ex *plain, struct ibv_ah *ah, uint32_t number, uint32_t key)
+{
+        struct ibv_send_wr *wr = latest(queue_of_extended(plain));
+
+        if (!wr)
+                return;
+        wr->wr.ud.ah = ah;
+        wr->wr.ud.remote_qpn = number;
+        wr->wr.ud.remote_qkey = key;
+}
+
+/* --- their memory */
 
 static void set_pieces(struct ibv_qp_ex *plain, size_t count, const struct ibv_sge *pieces)
 {
@@ -253,6 +264,7 @@ static void set_functions(struct ibv_qp_ex *plain)
         plain->wr_set_inline_data_list = set_inline_list;
         plain->wr_set_sge = set_piece;
         plain->wr_set_sge_list = set_pieces;
+        plain->wr_set_ud_addr = set_address;
         plain->wr_start = start;
         plain->wr_complete = complete;
         plain->wr_abort = drop;

@@ -1,6 +1,7 @@
 #include "progress.h"
 
 #include "../library/waiters.h"
+#include "datagrams.h"
 #include "executor.h"
 
 #include <stdlib.h>
@@ -27,6 +28,7 @@ struct drive {
         struct queue_member *hot;
         struct queue_member *next; /* the one to look at next; NULL: the first one */
         uint32_t count, count_hot;
+        uint32_t count_datagrams;            /* of type UD */
         struct queue_member *_Atomic posted; /* a cold one to which something was posted */
         uint32_t polls;
         uint32_t vain;    /* polls that have found nothing, in a row */
@@ -91,6 +93,10 @@ bool progress_make(struct queue_pair *queue, const struct cq *polled, bool wait)
         struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);
         bool did = false;
 
+        if (queue_has_datagrams(queue)) {
+                datagrams_make(queue, polled, wait);
+                return false;
+        }
         if (in && (has_come(queue, in) || parts(queue, in)) && take(&queue->receiving, wait)) {
                 const struct ring *now = queue->receiver.view.ring;
                 bool parted = now && parts(queue, now);
@@ -131,6 +137,8 @@ void progress_loop(struct queue_pair *queue)
 void progress_feed(struct queue_pair *queue)
 {
         progress_make(queue, NULL, true);
+        if (queue_has_datagrams(queue))
+                datagrams_take(NULL, true);
         mutex_take(&queue->sending);
         if (queue_paired(queue) == QUEUE_PAIRED)
                 queue_publish(queue);
@@ -145,7 +153,7 @@ bool progress_arm(struct queue_pair *queue)
         struct ring *out = atomic_load_explicit(&queue->out, memory_order_acquire);
         int bell = atomic_load_explicit(&queue->bell, memory_order_acquire);
 
-        if (atomic_load_explicit(&queue->looped, memory_order_relaxed))
+        if (queue_has_datagrams(queue) || atomic_load_explicit(&queue->looped, memory_order_relaxed))
                 return true;
         if (!in || !out || bell < 0)
                 return false;
@@ -290,6 +298,8 @@ static bool has_to_give_way(struct drive *drive)
                 drive->shares_core = false;
                 if (sys_3(SYS_getcpu, &core, NULL, NULL))
                         return false;
+                if (drive->count_datagrams)
+                        drive->shares_core |= datagrams_meet(core + 1);
                 for (struct queue_member *at = drive->hot; at; at = at->next_hot)
                         drive->shares_core |= meets(at->queue, core + 1);
                 for (struct queue_member *at = drive->hot ? NULL : drive->first; at && most--; at = at->next)
@@ -308,6 +318,8 @@ static bool progress_poll(struct cq *cq)
         /* Not exact: no word is written by two threads without losing some. */
         atomic_store_explicit(&polls, progress_polls() + 1, memory_order_relaxed);
         take_posted(drive);
+        if (drive->count_datagrams)
+                datagrams_take(cq, false);
         look_at_hot_ones(drive, cq);
         look_at_cold_ones(drive, cq);
         listen_to_router(drive);
@@ -322,6 +334,15 @@ static bool progress_poll(struct cq *cq)
         return found;
 }
 
+/* Datagrams that wait for a receive are not waited for without end. */
+static void arm_datagrams(void)
+{
+        datagrams_arm();
+        datagrams_take(NULL, true);
+        if (datagrams_are_held())
+                queue_watch();
+}
+
 static void arm(struct cq *cq)
 {
         struct drive *drive = cq->driven;
@@ -329,6 +350,8 @@ static void arm(struct cq *cq)
         if (opened_is_lost(cq->plain.context))
                 return;
         mutex_take(&drive->mutex);
+        if (drive->count_datagrams)
+                arm_datagrams();
         for (struct queue_member *at = drive->first; at; at = at->next) {
                 progress_arm(at->queue);
                 progress_make(at->queue, NULL, true);
@@ -356,6 +379,7 @@ static bool join(struct cq *cq, struct queue_member *member)
         member->next = drive->first;
         drive->first = member;
         drive->count++;
+        drive->count_datagrams += queue_has_datagrams(member->queue);
         mutex_release(&drive->mutex);
         atomic_store_explicit(&cq->driver, &driver, memory_order_release);
         return true;
@@ -372,6 +396,7 @@ static void leave(struct cq *cq, struct queue_member *member, bool lost)
                         at = &(*at)->next;
                 *at = member->next;
                 drive->count--;
+                drive->count_datagrams -= queue_has_datagrams(member->queue);
                 if (drive->next == member)
                         drive->next = member->next;
                 if (atomic_load_explicit(&drive->posted, memory_order_relaxed) == member)

@@ -12,7 +12,8 @@
  * what came last. True: something was executed, and there may be more. */
 bool progress_make(struct queue_pair *queue, const struct cq *polled, bool wait);
 /* Whoever waits for the queue pair's bell hears of what comes next; what has come already is for
- * the caller to look for afterwards. False: there is no such bell. */
+ * the caller to look for afterwards. False: there is no such bell. Those of type UD are armed by
+ * datagrams_arm(), all at once. */
 bool progress_arm(struct queue_pair *queue);
 /* The bell's waiter looks by itself for a while: nobody needs to ring. */
 void progress_disarm(struct queue_pair *queue);

@@ -1,6 +1,7 @@
 #include "qp.h"
 
 #include "attribute_masks.h"
+#include "datagrams.h"
 #include "loop.h"
 #include "numbers.h"
 #include "post.h"
@@ -39,7 +40,8 @@ static int check_wanted(const struct ibv_qp_init_attr_ex *wanted)
                 return EOPNOTSUPP;
         if (!(wanted->comp_mask & IBV_QP_INIT_ATTR_PD) || !wanted->pd || !wanted->send_cq || !wanted->recv_cq)
                 return EINVAL;
-        if ((wanted->qp_type != IBV_QPT_RC && wanted->qp_type != IBV_QPT_UC) ||
+        if ((wanted->qp_type != IBV_QPT_RC && wanted->qp_type != IBV_QPT_UC &&
+             wanted->qp_type != IBV_QPT_UD) ||
             (has_operations(wanted) && !post_is_known(wanted->qp_type, wanted->send_ops_flags)))
                 return EOPNOTSUPP;
         if (cap->max_send_wr > MOST_REQUESTS || cap->max_send_sge > MOST_PIECES ||
@@ -129,6 +131,8 @@ struct ibv_qp *qp_create_extended(struct ibv_context *context, struct ibv_qp_ini
         domain_use(wanted->pd);
         if (queue->shared)
                 shared_join(queue->shared, &queue->feeding, queue);
+        if (queue_has_datagrams(queue))
+                datagrams_join(queue);
         return &queue->plain.qp_base;
 }
 
@@ -149,6 +153,8 @@ VERB int ibv_destroy_qp(struct ibv_qp *plain)
 
         progress_leave(queue, lost);
         if (!lost) {
+                if (queue_has_datagrams(queue))
+                        datagrams_leave(queue);
                 if (queue->shared)
                         shared_leave(queue->shared, &queue->feeding);
                 number_return(plain->qp_num);
@@ -234,9 +240,11 @@ static void enter(struct queue_pair *queue, enum ibv_qp_state from, enum ibv_qp_
         atomic_store_explicit(&queue->state, to, memory_order_release);
         queue->plain.qp_base.state = to;
         if (to == IBV_QPS_RTR)
-                atomic_store_explicit(&queue->pairing, QUEUE_ASKED, memory_order_release);
+                atomic_store_explicit(&queue->pairing,
+                                      queue_has_datagrams(queue) ? QUEUE_PAIRED : QUEUE_ASKED,
+                                      memory_order_release);
         queue->draining = to == IBV_QPS_SQD && (from != to || queue->draining);
-        if (to == IBV_QPS_RTS)
+        if (to == IBV_QPS_RTS && !queue_has_datagrams(queue))
                 requester_push(queue);
         if (queue->draining && sends->head == sends->tail)
                 requester_complete(queue, NULL);
@@ -260,7 +268,7 @@ static int change(struct queue_pair *queue, const struct ibv_qp_attr *set, int m
 
 static void pair(struct queue_pair *queue)
 {
-        if (!loop_is_wanted(queue))
+        if (queue_has_datagrams(queue) || !loop_is_wanted(queue))
                 queue_pairer->ask(queue);
         else if (!loop_up(queue))
                 queue_lose(queue);

@@ -30,6 +30,7 @@ static const struct queue_pairer nobody = {.ask = nothing,
                                            .leave = nothing};
 
 const struct queue_pairer *queue_pairer = &nobody;
+void (*queue_watch)(void) = listen_to_nobody;
 
 void queue_tell(struct queue_pair *queue, enum queue_event event)
 {
@@ -44,12 +45,23 @@ void queue_fail(struct queue_pair *queue, enum queue_event event)
 
 /* --- completions */
 
+bool queue_find_receive(struct queue_pair *queue)
+{
+        if (!queue->shared)
+                return receive_queue_take(&queue->receives, &queue->now);
+        if (shared_take(queue->shared, &queue->now))
+                return true;
+        shared_hunger(queue->shared, &queue->feeding);
+        return shared_take(queue->shared, &queue->now);
+}
+
 void queue_complete_receive(struct queue_pair *queue, struct ibv_wc *wc, bool solicited,
                             const struct cq *polled)
 {
         wc->wr_id = queue->now.id;
         wc->qp_num = queue->plain.qp_base.qp_num;
-        wc->src_qp = queue->attributes.dest_qp_num;
+        if (queue->plain.qp_base.qp_type != IBV_QPT_UD)
+                wc->src_qp = queue->attributes.dest_qp_num;
         if (!cq_put(queue->receive_cq, wc, solicited, polled == queue->receive_cq))
                 atomic_store_explicit(&queue->failed, true, memory_order_release);
 }
@@ -347,6 +359,8 @@ static void forget(struct queue_pair *queue)
         queue->ready = queue->credit_due = queue->close_due = queue->busy = queue->swapped = false;
         queue->draining = queue->died = queue->unheard = queue->skips = false;
         queue->ahead = (struct record_receiver){0};
+        queue->dry = false;
+        queue->dry_since = 0;
         queue->credit = queue->spent = queue->time = queue->executed = queue->asking = 0;
         queue->refusal = queue->done = queue->done_told = queue->credit_told = 0;
         queue->asked = queue->since = 0;

@@ -71,6 +71,7 @@ struct queue_pair {
         struct cq *send_cq, *receive_cq;
         struct shared_receives *shared; /* where its receives are; NULL: they are its own */
         struct shared_member feeding;
+        struct queue_pair *neighbour;   /* datagrams.c */
         struct queue_member members[2]; /* of receive_cq, and of send_cq if that is another one */
         struct event events[QUEUE_EVENTS];
         /* Hints, for whoever looks without a mutex whether there is something to do: */
@@ -125,6 +126,8 @@ struct queue_pair {
         struct record_receiver ahead; /* while it does: up to where answers behind it were taken */
         bool swapped;                 /* the atomic operation that comes next is executed, with this result */
         uint64_t swapped_from;
+        uint64_t dry_since;        /* UD, ns: since when a datagram waits for a receive; 0: none does */
+        bool dry;                  /* none waits any more */
         _Atomic uint32_t consumed; /* receives, or lost messages for which there were none */
         _Atomic uint32_t lost;     /* of the latter */
 };
@@ -144,6 +147,8 @@ struct queue_pairer {
 };
 
 extern const struct queue_pairer *queue_pairer;
+/* Requests wait, and the program may sleep: somebody else is to look after a while. */
+extern void (*queue_watch)(void);
 
 static inline struct queue_pair *queue_of(struct ibv_qp *plain)
 {
@@ -222,6 +227,9 @@ void queue_tell(struct queue_pair *queue, enum queue_event event);
 
 /* All that had come of the other side, which is gone, has been executed: become LOST. */
 void queue_part(struct queue_pair *queue);
+/* Take the oldest receive for `now`. False: there is none; whoever posts one to a shared receive
+ * queue will make the queue pair go on. */
+bool queue_find_receive(struct queue_pair *queue);
 /* A receive is complete. `wc` has what is special about it. */
 void queue_complete_receive(struct queue_pair *queue, struct ibv_wc *wc, bool solicited,
                             const struct cq *polled);

@@ -98,8 +98,8 @@ enum record_refusal {
 enum {
         RECORD_PIECE = 64 * 1024,            /* bytes of a payload, at most */
         RECORD_MESSAGE = 1024 * 1024 * 1024, /* bytes of a message or a write, at most */
-        RECORD_DATAGRAM_BYTES = 4096,
-        RECORD_TIMES = 32, /* codes of CREDIT: values of min_rnr_timer */
+        RECORD_DATAGRAM_BYTES = 4096 + 32,   /* a message, and GIDs in front of it */
+        RECORD_TIMES = 32,                   /* codes of CREDIT: values of min_rnr_timer */
 };
 
 struct record {

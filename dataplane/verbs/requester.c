@@ -401,10 +401,12 @@ static uint64_t patience(const struct queue_pair *queue)
         const struct ibv_qp_attr *set = &queue->attributes;
         /* An answer is no slower than that, while a device's would be too late. */
         const uint64_t least_to_pair = 1000000000, least_for_receive = 100000000;
+        /* UC: nothing comes back that would tell that the other side isn't there. */
+        const uint64_t most_to_pair = 10000000000, most_for_receive = 1000000000;
         uint64_t time;
 
         if (!queue_is_reliable(queue)) {
-                time = queue->ready ? least_for_receive : least_to_pair;
+                time = queue->ready ? most_for_receive : most_to_pair;
         } else if (queue->ready) {
                 time = set->rnr_retry == 7 ? 0 : time_of(queue->time) * set->rnr_retry + least_for_receive;
         } else {

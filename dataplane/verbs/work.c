@@ -115,7 +115,7 @@ static void copy_inline(unsigned char *to, const struct ibv_send_wr *wr)
 }
 
 /* The fields that depend on the operation. */
-static void copy_operation(struct send_work *work, const struct ibv_send_wr *wr)
+static void copy_operation(struct send_work *work, const struct ibv_send_wr *wr, bool datagram)
 {
         switch (wr->opcode) {
         case IBV_WR_ATOMIC_CMP_AND_SWP:
@@ -132,6 +132,13 @@ static void copy_operation(struct send_work *work, const struct ibv_send_wr *wr)
                 work->rkey = wr->bind_mw.rkey;
                 break;
         default:
+                if (datagram) {
+                        work->from = handle_of(wr->wr.ud.ah)->from;
+                        work->to = handle_of(wr->wr.ud.ah)->to;
+                        work->number = wr->wr.ud.remote_qpn;
+                        work->rkey = wr->wr.ud.remote_qkey;
+                        break;
+                }
                 work->address = wr->wr.rdma.remote_addr;
                 work->rkey = wr->wr.rdma.rkey;
         }
@@ -141,7 +148,7 @@ static void copy_operation(struct send_work *work, const struct ibv_send_wr *wr)
                 work->immediate = wr->invalidate_rkey;
 }
 
-int send_queue_add(struct send_queue *queue, const struct ibv_send_wr *wr)
+int send_queue_add(struct send_queue *queue, const struct ibv_send_wr *wr, bool datagram)
 {
         struct send_work *work = send_at(queue, queue->tail);
         size_t slot = queue->tail & queue->mask;
@@ -159,7 +166,7 @@ int send_queue_add(struct send_queue *queue, const struct ibv_send_wr *wr)
                                    .total = (uint32_t)total,
                                    .opcode = (uint8_t)wr->opcode,
                                    .flags = (uint8_t)wr->send_flags};
-        copy_operation(work, wr);
+        copy_operation(work, wr, datagram);
         if (wr->send_flags & IBV_SEND_INLINE) {
                 copy_inline(queue->inlined + slot * queue->most_inline, wr);
         } else {

@@ -7,6 +7,7 @@
 #ifndef FREEFLOW_WORK_H
 #define FREEFLOW_WORK_H
 
+#include "ah.h"
 #include "memory.h"
 #include "mutex.h"
 #include "port.h"
@@ -55,26 +56,30 @@ struct send_work {
                         uint64_t operands[2]; /* to compare with or to add; to store */
                 };
                 struct {
+                        union ibv_gid from, to; /* UD */
+                        uint32_t number;        /* of the queue pair there */
+                };
+                struct {
                         struct ibv_mw *window;
                         struct ibv_mw_bind_info bind;
                 };
         };
         uint64_t behind;       /* the position behind its last record */
         struct work_spot spot; /* of the next byte to put, or of the next one to come */
-        uint32_t rkey;
-        uint32_t immediate; /* or the key to make invalid */
-        uint32_t total;     /* bytes */
-        uint32_t put;       /* bytes that records were put for */
-        uint32_t got;       /* READ: bytes that have come */
-        uint32_t psn;       /* of the last record that was put */
-        uint32_t expected;  /* READ and atomics: the number that the next answer has */
-        uint32_t count;     /* pieces of memory */
-        uint8_t opcode;     /* enum ibv_wr_opcode */
-        uint8_t flags;      /* enum ibv_send_flags */
-        uint8_t status;     /* enum ibv_wc_status, with which it completes */
-        bool begun;         /* a record was put */
-        bool whole;         /* the last one was */
-        bool answered;      /* all that it asked for has come */
+        uint32_t rkey;         /* UD: the Q_Key */
+        uint32_t immediate;    /* or the key to make invalid */
+        uint32_t total;        /* bytes */
+        uint32_t put;          /* bytes that records were put for */
+        uint32_t got;          /* READ: bytes that have come */
+        uint32_t psn;          /* of the last record that was put */
+        uint32_t expected;     /* READ and atomics: the number that the next answer has */
+        uint32_t count;        /* pieces of memory */
+        uint8_t opcode;        /* enum ibv_wr_opcode */
+        uint8_t flags;         /* enum ibv_send_flags */
+        uint8_t status;        /* enum ibv_wc_status, with which it completes */
+        bool begun;            /* a record was put */
+        bool whole;            /* the last one was */
+        bool answered;         /* all that it asked for has come */
 };
 
 /* Indices grow without end: head <= answered <= next <= tail. */
@@ -94,9 +99,9 @@ struct send_queue {
 /* False: no memory. `most` and the others are what the program asks for, within the limits. */
 bool send_queue_start(struct send_queue *queue, uint32_t most, uint32_t pieces, uint32_t inlined);
 void send_queue_end(struct send_queue *queue);
-/* Copy a request, whose operation and flags the caller has checked. Returns 0, ENOMEM if the queue
- * is full, or EINVAL. */
-int send_queue_add(struct send_queue *queue, const struct ibv_send_wr *wr);
+/* Copy a request, whose operation and flags the caller has checked. `datagram`: it has an address.
+ * Returns 0, ENOMEM if the queue is full, or EINVAL. */
+int send_queue_add(struct send_queue *queue, const struct ibv_send_wr *wr, bool datagram);
 /* The memory of a request: to read from, or, where an answer goes, to write to. */
 struct work_memory send_memory(const struct send_queue *queue, const struct send_work *work, uint32_t domain);
 

@@ -31,6 +31,7 @@ MODULES: Final = (
     "test_relaxed_ordering",
     "test_parent_domain",
     "test_fork",
+    "test_addr",
     "test_rdmacm",
 )
 """Those that are not here are about other things: test_flow and test_rss_traffic need raw packets,
@@ -41,7 +42,6 @@ BY_ADDRESS: Final = ("test_rdmacm",)
 """Those that connect by the container's address."""
 ADDRESS: Final = "10.0.4.1"
 _NO_DEVICE_MEMORY: Final = "there is no memory on the device: max_dm_size is 0"
-_NO_UD: Final = "there are no queue pairs of type UD yet"
 _NO_XRC: Final = "XRC is not supported"
 _NO_RAW: Final = "there are no raw packets"
 _NO_TYPE_1: Final = "memory windows of type 1 are not supported"
@@ -51,34 +51,20 @@ _NO_GPU: Final = "needs the memory of a graphics card"
 LEFT_OUT: Final = {
     "test_device.DMTest": _NO_DEVICE_MEMORY,
     "test_device.SharedDMTest": _NO_DEVICE_MEMORY,
-    "test_cq.CQTest.test_resize_cq": _NO_UD,
-    "test_cqex.CqExTestCase.test_ud_traffic_cq_ex": _NO_UD,
     "test_cqex.CqExTestCase.test_xrc_traffic_cq_ex": _NO_XRC,
-    "test_cq_events.CqEventsTestCase.test_cq_events_ud": _NO_UD,
     "test_mr.DeviceMemoryAPITest": _NO_DEVICE_MEMORY,
     "test_mr.DeviceMemoryTest": _NO_DEVICE_MEMORY,
     "test_mr.DmaBufMRTest": _NO_GPU,
     "test_mr.DmaBufTestCase": _NO_GPU,
     "test_mr.MWTest.test_invalidate_mw_type1": _NO_TYPE_1,
     "test_mr.MWTest.test_mw_type1": _NO_TYPE_1,
-    **{f"test_qp.QPTest.test_create_ud_qp_{how}": _NO_UD for how in _HOW},
     **{f"test_qp.QPTest.test_create_raw_qp_{how}": _NO_RAW for how in _HOW},
     **{
         f"test_qp.QPTest.test_create_raw_qp_ex_with_illegal_caps_max_{cap}": _NO_RAW
         for cap in ("recv_sge", "recv_wr", "send_sge", "send_wr")
     },
-    "test_qp.QPTest.test_modify_ud_qp": _NO_UD,
-    "test_qp.QPTest.test_query_data_in_order": _NO_UD,
     "test_qp.QPTest.test_query_raw_qp": _NO_RAW,
-    "test_qp.QPTest.test_query_ud_qp": _NO_UD,
-    "test_qpex.QpExTestCase.test_full_rq_bad_flow": _NO_UD,
-    "test_qpex.QpExTestCase.test_post_receive_qp_state_bad_flow": _NO_UD,
-    "test_qpex.QpExTestCase.test_post_send_qp_state_bad_flow": _NO_UD,
-    "test_qpex.QpExTestCase.test_rq_with_larger_sgl_bad_flow": _NO_UD,
     "test_qpex.QpExTestCase.test_qp_ex_rc_atomic_write": "ATOMIC WRITE is not supported",
-    "test_qpex.QpExTestCase.test_qp_ex_ud_send": _NO_UD,
-    "test_qpex.QpExTestCase.test_qp_ex_ud_send_imm": _NO_UD,
-    "test_qpex.QpExTestCase.test_qp_ex_ud_zero_size": _NO_UD,
     "test_qpex.QpExTestCase.test_qp_ex_xrc_send": _NO_XRC,
     "test_qpex.QpExTestCase.test_qp_ex_xrc_send_imm": _NO_XRC,
     "test_atomic.AtomicTest.test_xrc_atomic_cmp_and_swap": _NO_XRC,
@@ -93,11 +79,6 @@ LEFT_OUT: Final = {
             "mem_align_ud_traffic",
         )
     },
-    "test_rdmacm.CMTestCase.test_rdmacm_async_ex_leave_multicast_traffic": _NO_UD,
-    "test_rdmacm.CMTestCase.test_rdmacm_async_ex_multicast_traffic": _NO_UD,
-    "test_rdmacm.CMTestCase.test_rdmacm_async_multicast_traffic": _NO_UD,
-    "test_rdmacm.CMTestCase.test_rdmacm_async_udp_traffic": _NO_UD,
-    "test_relaxed_ordering.RoTestCase.test_ro_ud_traffic": _NO_UD,
     "test_relaxed_ordering.RoTestCase.test_ro_xrc_traffic": _NO_XRC,
 }
 """Modules, classes and tests, each with the reason."""

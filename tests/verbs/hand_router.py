@@ -23,6 +23,7 @@ from typing import Final
 from dataplane.router import layout, verbs_wire
 from dataplane.router import library_wire as wire
 from dataplane.router.arena_memory import LinuxArenaMemory
+from dataplane.router.reasons import Reason
 from testbed.patience import patience
 
 FIRST_QPN: Final = 0x1000
@@ -39,6 +40,8 @@ class Client:
     connection: socket.socket
     gid: IPv4Address | None = None
     """None before its V_OPEN."""
+    takes: set[int] = field(default_factory=set)
+    """The queue pairs to which datagrams may come."""
 
 
 @dataclass(eq=False)
@@ -96,6 +99,10 @@ class HandRouter:
         """Arena, side and slot."""
         self.ends: list[int] = []
         """Queue pairs that have ended."""
+        self.sought = 0
+        """How often a peer for datagrams was asked for."""
+        self._found: list[tuple[set[int], PairArena, int]] = []
+        """Slots for datagrams that were asked for: the identities of the two clients."""
         self.spoil = False
         """Whether grants name a wrong incarnation."""
         self._lock = threading.RLock()
@@ -214,6 +221,10 @@ class HandRouter:
                 self._waiting.pop((client.gid, message.number), None)
             case verbs_wire.VerbsStatus():
                 pass
+            case verbs_wire.VerbsDatagrams(kind=verbs_wire.VerbsKind.DATAGRAMS):
+                self._announce(client, message)
+            case verbs_wire.VerbsDatagrams(kind=verbs_wire.VerbsKind.DATAGRAM_PEER):
+                self._find_peer(client, message)
             case _:
                 raise AssertionError(message)
 
@@ -232,17 +243,101 @@ class HandRouter:
             return
         del self._waiting[own]
         self._waiting.pop(peer, None)
-        arena = self._arena_of(other[0], client)
+        arena, slot = self._new_slot(other[0], client)
+        both = [other, (client, message)]
+        for side, (asker, asked) in enumerate(
+            both if other[0] is arena.clients[0] else reversed(both)
+        ):
+            grant = verbs_wire.VerbsGrant(
+                asked.request,
+                asked.qpn,
+                asked.peer_qpn,
+                verbs_wire.SlotKind.CONNECTED,
+                side,
+                slot,
+                asked.gid_index,
+                arena.number,
+                arena.incarnations[slot] + self.spoil,
+                arena.token(side),
+                asked.peer_gid,
+            )
+            self._grant(arena, side, asker, grant)
+
+    # --- datagrams
+
+    def _announce(self, client: Client, message: verbs_wire.VerbsDatagrams) -> None:
+        if message.on:
+            client.takes.add(message.qpn)
+        else:
+            client.takes.remove(message.qpn)
+
+    def _find_peer(self, client: Client, message: verbs_wire.VerbsDatagrams) -> None:
+        assert message.qpn in client.takes
+        self.sought += 1
+        peer = next((each for each in self.clients if each.gid == message.gid), None)
+        if peer is None or message.peer_qpn not in peer.takes:
+            self.say(
+                client,
+                verbs_wire.VerbsRefuse(
+                    verbs_wire.VerbsKind.DATAGRAM_PEER,
+                    message.request,
+                    message.peer_qpn,
+                    Reason.NOT_FOUND,
+                ),
+            )
+            return
+        both = {id(client), id(peer)}
+        if not any(each == both and slot in arena.slots for each, arena, slot in self._found):
+            self._found.append((both, *self.give_datagrams(client, peer, message.request)))
+
+    def give_datagrams(
+        self, client: Client, peer: Client, request: int = 0
+    ) -> tuple[PairArena, int]:
+        """Give two processes a slot for datagrams, which is returned."""
+        arena, slot = self._new_slot(client, peer)
+        for side, each in enumerate(arena.clients):
+            other = arena.clients[1 - side]
+            assert other.gid is not None
+            grant = verbs_wire.VerbsGrant(
+                request if each is client else 0,
+                0,
+                FIRST_QPN,
+                verbs_wire.SlotKind.DATAGRAMS,
+                side,
+                slot,
+                0,
+                arena.number,
+                arena.incarnations[slot],
+                arena.token(side),
+                other.gid,
+                QPNS,
+                arena.incarnations[slot] & 0xFFFFFFFF,
+            )
+            self._grant(arena, side, each, grant)
+        return arena, slot
+
+    def end_datagrams(self, number: int) -> None:
+        """End such a slot, by its number."""
+        for arena in self.arenas:
+            if number in arena.incarnations.values():
+                for client in arena.clients:
+                    self.say(
+                        client,
+                        verbs_wire.VerbsRefuse(
+                            verbs_wire.VerbsKind.GRANT, 0, number, Reason.PEER_CLOSED
+                        ),
+                    )
+
+    # --- slots
+
+    def _new_slot(self, one: Client, other: Client) -> tuple[PairArena, int]:
+        arena = self._arena_of(one, other)
         slot = next(number for number in range(layout.SLOTS) if number not in arena.slots)
         self._numbers += 1
         arena.slots[slot] = {0, 1}
         arena.incarnations[slot] = self._numbers
         self._memory.prepare(arena.memory, slot, self._numbers)
-        both = [other, (client, message)]
-        for side, (asker, asked) in enumerate(
-            both if other[0] is arena.clients[0] else reversed(both)
-        ):
-            self._grant(arena, slot, side, asker, asked)
+        return arena, slot
 
     def _arena_of(self, one: Client, other: Client) -> PairArena:
         for arena in self.arenas:
@@ -254,26 +349,8 @@ class HandRouter:
         return arena
 
     def _grant(
-        self,
-        arena: PairArena,
-        slot: int,
-        side: int,
-        client: Client,
-        message: verbs_wire.VerbsQueuePair,
+        self, arena: PairArena, side: int, client: Client, grant: verbs_wire.VerbsGrant
     ) -> None:
-        grant = verbs_wire.VerbsGrant(
-            message.request,
-            message.qpn,
-            message.peer_qpn,
-            verbs_wire.SlotKind.CONNECTED,
-            side,
-            slot,
-            message.gid_index,
-            arena.number,
-            arena.incarnations[slot] + self.spoil,
-            arena.token(side),
-            message.peer_gid,
-        )
         if (side, 0) in arena.bells:
             self.say(client, grant, arena.memory)
             return

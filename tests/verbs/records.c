@@ -162,7 +162,7 @@ static void check_changes(void)
         REJECTS(SWAP, total = 16);
         REJECTS(ADD, length = 16);
         REJECTS(ADD, total = 0);
-        REJECTS(DATAGRAM, length = 4097);
+        REJECTS(DATAGRAM, length = RECORD_DATAGRAM_BYTES + 1);
         REJECTS(DATAGRAM, total = 4096);
         REJECTS(DATAGRAM, immediate = 1);
         REJECTS(RESPONSE, rkey = 1);

@@ -1,6 +1,4 @@
-"""Two processes of programs that use other queue pairs than those of type RC, or shared receive
-queues.
-"""
+"""Two processes of programs that use queue pairs of type UC or UD, or shared receive queues."""
 
 from __future__ import annotations
 
@@ -20,6 +18,8 @@ PING_PONGS = (
     "ibv_uc_pingpong -g 0 -n 200 -s 200000 -e",
     "ibv_srq_pingpong -g 0 -n 1000 -q 4",
     "ibv_srq_pingpong -g 0 -n 500 -s 100000 -e",
+    "ibv_ud_pingpong -g 0 -n 1000",
+    "ibv_ud_pingpong -g 0 -n 500 -s 4000 -e",
 )
 PERFTESTS = (
     "ib_send_lat -x 0 -c UC -n 500",
@@ -29,6 +29,10 @@ PERFTESTS = (
     "ib_send_lat -x 0 --use-srq -n 500",
     "ib_send_bw -x 0 --use-srq -n 500 -q 4",
     "ib_send_bw -x 0 --use-srq -n 500 -e -b",
+    "ib_send_lat -x 0 -c UD -n 500",
+    "ib_send_lat -x 0 -c UD -n 500 -e",
+    "ib_send_bw -x 0 -c UD -n 500 -q 2",
+    "ib_send_bw -x 0 -c UD -n 500 -b",
 )
 
 
@@ -57,8 +61,9 @@ def test_perftest(library: Path, tmp_path: Path, command: str) -> None:
     assert all("#bytes" in text for text in said), said
 
 
-def test_with_the_real_router(library: Path, tmp_path: Path) -> None:
-    """The router itself pairs queue pairs of type UC."""
+@pytest.mark.parametrize("kind", ["uc", "ud", "srq"])
+def test_with_the_real_router(library: Path, tmp_path: Path, kind: str) -> None:
+    """The router itself serves them."""
     with router(tmp_path) as made:
-        said = run(library, made.socket, ["ibv_uc_pingpong", "-g", "0", "-n", "1000"])
+        said = run(library, made.socket, [f"ibv_{kind}_pingpong", "-g", "0", "-n", "1000"])
     assert all("iters in" in text for text in said), said

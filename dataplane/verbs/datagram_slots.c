@@ -1,0 +1,155 @@
+#include "datagram_slots.h"
+
+#include "agent.h"
+#include "client.h"
+#include "datagrams.h"
+#include "groups.h"
+
+static void seek(const union ibv_gid *from, const union ibv_gid *to, uint32_t number, uint32_t wanted,
+                 uint32_t request)
+{
+        struct v_datagrams message = {.message = {.kind = V_DATAGRAM_PEER, .size = sizeof message},
+                                      .request = request,
+                                      .qpn = number,
+                                      .peer_qpn = wanted,
+                                      .on = 1};
+        uint32_t epoch;
+
+        memcpy(message.gid.bytes, to, sizeof message.gid.bytes);
+        if (client_epoch(&epoch) && port_find(from, &message.gid_index))
+                client_send(&message, sizeof message, epoch);
+}
+
+/* On each network of the container. */
+static void join(const struct queue_pair *queue, const union ibv_gid *group, bool on)
+{
+        struct v_datagrams message = {.message = {.kind = V_GROUP, .size = sizeof message},
+                                      .qpn = queue->plain.qp_base.qp_num,
+                                      .on = on};
+        union ibv_gid own;
+        uint32_t epoch;
+
+        memcpy(message.gid.bytes, group, sizeof message.gid.bytes);
+        if (!client_epoch(&epoch))
+                return;
+        for (; message.gid_index < PORT_GIDS; message.gid_index++)
+                if (port_gid(message.gid_index, &own))
+                        client_send(&message, sizeof message, epoch);
+}
+
+static uint32_t epoch_of_socket(void)
+{
+        const struct freeflow_services *here = client_services();
+
+        return here ? here->epoch() : 0;
+}
+
+static void ring(struct datagram_peer *peer, struct waiters *waiters)
+{
+        const struct freeflow_services *here = client_services();
+
+        if (here && atomic_load_explicit(&peer->place.incarnation, memory_order_relaxed))
+                services_wake(here, waiters, &peer->place);
+}
+
+static void end(const struct freeflow_services *here, struct datagram_peer *peer, uint32_t number)
+{
+        struct place place;
+
+        if (!datagrams_end(peer, number, &place))
+                return;
+        agent_leave(&place);
+        here->release(&place);
+}
+
+static void end_of_rings(struct datagram_peer *peer, uint32_t number)
+{
+        const struct freeflow_services *here = client_services();
+
+        if (here)
+                end(here, peer, number);
+}
+
+/* May it be otherwise in a moment? */
+static bool passes(uint32_t reason)
+{
+        return reason == REASON_NOT_FOUND || reason == REASON_LIMIT || reason == REASON_MEMORY;
+}
+
+static void granted(const struct freeflow_services *here, struct verbs_message *message)
+{
+        const struct v_grant *grant = &message->grant;
+        struct datagram_slot slot = {.first = grant->peer_qpn,
+                                     .count = grant->peer_count,
+                                     .number = grant->number,
+                                     .epoch = message->epoch};
+        struct datagram_peer *peer, *before;
+
+        memcpy(&slot.to, grant->peer_gid.bytes, sizeof slot.to);
+        if (message->reason) {
+                peer_refused(grant->request, passes(message->reason));
+                return;
+        }
+        if (!port_gid(grant->gid_index, &slot.from)) {
+                here->release(&message->place);
+                return;
+        }
+        slot.place = &message->place;
+        slot.out = here->sends(&message->place);
+        slot.in = here->receives(&message->place);
+        slot.bell = agent_join(&message->place);
+        /* What an earlier router gave for the same queue pairs; this one does not know of it. */
+        while ((before = peer_before(&slot)))
+                end(here, before, before->number);
+        peer = peer_up(&slot);
+        if (peer) {
+                agent_serve(&message->place, AGENT_DATAGRAMS | peer->index);
+                return;
+        }
+        agent_leave(&message->place);
+        here->release(&message->place);
+}
+
+/* The members of a group that is sent to. */
+static void changed(const struct v_datagrams *change)
+{
+        union ibv_gid from, group;
+
+        memcpy(&group, change->gid.bytes, sizeof group);
+        if (!change->number)
+                group_answered(change->request);
+        else if (port_gid(change->gid_index, &from))
+                group_change(&from, &group, change->number, change->on);
+}
+
+bool datagram_slots_handle(const struct freeflow_services *here, struct verbs_message *message)
+{
+        const struct v_refuse *refuse = &message->refuse;
+        struct datagram_peer *peer;
+
+        if (message->header.kind == V_GRANT && message->grant.slot_kind == V_SLOT_DATAGRAMS) {
+                granted(here, message);
+                return true;
+        }
+        if (message->header.kind == V_GROUP) {
+                changed(&message->group);
+                return true;
+        }
+        if (message->header.kind != V_REFUSE)
+                return false;
+        if (refuse->kind == V_DATAGRAM_PEER) {
+                peer_refused(refuse->request, passes(refuse->reason));
+                group_answered(refuse->request);
+        }
+        if (refuse->kind == V_GRANT && (peer = peer_with(refuse->number, message->epoch)))
+                end(here, peer, refuse->number);
+        return refuse->kind == V_DATAGRAM_PEER || refuse->kind == V_GRANT || refuse->kind == V_GROUP;
+}
+
+static const struct datagram_router router = {
+    .seek = seek, .join = join, .epoch = epoch_of_socket, .ring = ring, .end = end_of_rings};
+
+void datagram_slots_start(void)
+{
+        datagram_router = &router;
+}
