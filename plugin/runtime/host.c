@@ -1,0 +1,22 @@
+/* Paths of the host. */
+#include "host.h"
+
+#ifdef FREEFLOW_TEST
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+const char *host_path(const char *path)
+{
+        static char changed[PATH_MAX];
+        const char *root = getenv("FREEFLOW_TEST_ROOT");
+
+        snprintf(changed, sizeof(changed), "%s%s", root != NULL ? root : "", path);
+        return changed;
+}
+#else
+const char *host_path(const char *path)
+{
+        return path;
+}
+#endif

@@ -1,0 +1,72 @@
+/*
+ * Finds and starts the real runtime. Its path is in a file of the host with lines NAME=VALUE; if that
+ * leads nowhere, or back to this program, runc is looked for in PATH.
+ */
+#include "real_runtime.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "host.h"
+#include "plain_file.h"
+
+static const char NAME[] = "runc";
+static const char PLACES[] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+struct settings read_settings(void)
+{
+        struct settings settings = {.runtime = ""};
+        struct text text = read_text(AT_FDCWD, host_path(SETTINGS), 1);
+        char *state = NULL;
+
+        if (text.bytes == NULL)
+                return settings;
+        for (char *line = strtok_r(text.bytes, "\n", &state); line != NULL;
+             line = strtok_r(NULL, "\n", &state)) {
+                if (strncmp(line, "runtime=/", 9) == 0 && strlen(line + 8) < sizeof(settings.runtime))
+                        strcpy(settings.runtime, line + 8);
+                else if (strcmp(line, "accelerate=off") == 0)
+                        settings.off = 1;
+        }
+        free(text.bytes);
+        return settings;
+}
+
+/* Whether a path leads to this very program, which would call itself for ever. */
+static int is_self(const char *path)
+{
+        struct stat own, other;
+
+        return stat("/proc/self/exe", &own) == 0 && stat(path, &other) == 0 && own.st_dev == other.st_dev &&
+               own.st_ino == other.st_ino;
+}
+
+/* The first argument stays as it is, because the rest must too; runc looks at it only for its help. */
+static void try_runtime(const char *path, char *const *words)
+{
+        if (!is_self(path))
+                execv(path, words);
+}
+
+void become_real(const struct settings *settings, char *const *words)
+{
+        const char *places = getenv("PATH");
+        char path[PATH_MAX];
+
+        if (settings->runtime[0] != '\0')
+                try_runtime(settings->runtime, words);
+        if (places == NULL || *places == '\0')
+                places = PLACES;
+        while (*places != '\0') {
+                int length = (int)strcspn(places, ":");
+
+                if (length > 0 &&
+                    snprintf(path, sizeof(path), "%.*s/%s", length, places, NAME) < (int)sizeof(path))
+                        try_runtime(path, words);
+                places += length + (places[length] == ':');
+        }
+}
