@@ -38,10 +38,12 @@ struct json_object *parse_json(const char *bytes, size_t length)
 
 /*
  * The next byte of a text that is neither a blank nor inside a string, or 0 at the end. A string is seen
- * as its first quotation mark.
+ * as its first quotation mark; one with a control character, which JSON does not allow, as that.
  */
 static char next_outside(const char **at, const char *end)
 {
+        char seen = '"';
+
         while (*at < end && blank(**at))
                 ++*at;
         if (*at >= end)
@@ -49,12 +51,14 @@ static char next_outside(const char **at, const char *end)
         if (**at != '"')
                 return *(*at)++;
         for (++*at; *at < end && **at != '"'; ++*at) {
+                if ((unsigned char)**at < ' ')
+                        seen = **at;
                 if (**at == '\\' && *at + 1 < end)
                         ++*at;
         }
         if (*at < end)
                 ++*at;
-        return '"';
+        return seen;
 }
 
 static int same_outside_strings(const char *one, size_t one_length, const char *two, size_t two_length)
@@ -64,7 +68,8 @@ static int same_outside_strings(const char *one, size_t one_length, const char *
 
         do {
                 byte = next_outside(&one, one_end);
-                if (byte != next_outside(&two, two_end))
+                /* NaN and Infinity, which json-c takes for numbers. */
+                if (byte == 'N' || byte == 'I' || byte != next_outside(&two, two_end))
                         return 0;
         } while (byte != '\0');
         return 1;
