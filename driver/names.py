@@ -23,6 +23,11 @@ OUTSIDE: Final = PAIR + "1"
 SHORT_ID: Final = 12
 
 
+def is_freeflow(driver: str) -> bool:
+    """Whether a network driver is FreeFlow, from any registry and with any tag."""
+    return driver.rpartition("/")[2].partition(":")[0] == "freeflow"
+
+
 def short(identifier: str) -> str:
     """The part of a network's or endpoint's ID that is in its interface names."""
     return identifier[:SHORT_ID]

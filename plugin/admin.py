@@ -5,6 +5,7 @@ POST /admin/ping      {"address": …, "count": …} → `ping.PingResult`
 GET  /admin/connections  `dataplane.control.Connections`
 GET  /admin/verbs     `dataplane.control.VerbsObjects`
 GET  /admin/metrics   Prometheus text
+POST /admin/runtime   `runtime_networks.RuntimeQuestion` → `runtime_networks.RuntimeAnswer`
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from werkzeug.exceptions import HTTPException
 from dataplane.control import Connections, VerbsObjects
 from driver.errors import FreeFlowError, InvalidRequest, NotFound
 from plugin.ping import PingRequest
+from plugin.runtime_networks import RuntimeAnswer, RuntimeQuestion
 from plugin.status import Status, explanation
 
 log = structlog.get_logger()
@@ -34,6 +36,7 @@ def create_admin(
     ping: Callable[[PingRequest], Any],
     connections: Callable[[], Connections],
     verbs: Callable[[], VerbsObjects],
+    runtime: Callable[[RuntimeQuestion], RuntimeAnswer],
 ) -> Flask:
     """The app. Errors are `{"error": text}`; FreeFlow's own also have what, cause and remedy."""
     app = Flask("freeflow-admin", static_folder=None)
@@ -60,6 +63,18 @@ def create_admin(
     @app.get("/admin/verbs")
     def list_verbs() -> Response:
         return _json(verbs())
+
+    @app.post("/admin/runtime")
+    def runtime_question() -> Response:
+        try:
+            question = msgspec.json.decode(request.get_data(), type=RuntimeQuestion)
+        except msgspec.DecodeError as error:
+            raise InvalidRequest(
+                "networks",
+                cause=str(error),
+                remedy="freeflow-runc is of another version: freeflow runtime install",
+            ) from error
+        return _json(runtime(question))
 
     @app.get("/admin/metrics")
     def metrics() -> Response:

@@ -43,6 +43,7 @@ from plugin.host_paths import HostPaths
 from plugin.paths import PathLabels
 from plugin.ping import Ping
 from plugin.router_process import CONTROL, RouterProcess, router_command, router_settings
+from plugin.runtime_networks import FILE, PATIENCE, RuntimeNetworks
 from plugin.settings import Settings
 from plugin.snapshot import Snapshot
 
@@ -185,10 +186,18 @@ def compose(
         clock=time.monotonic,
         deaths=deaths,
     )
+    networks = _runtime_networks(paths, settings, core)
+    changes.on_wake.append(networks.publish)
+    changes.on_synced.append(networks.publish)
+
+    def recover_all() -> None:
+        _recover(core.driver, ipv6_override, failures)
+        networks.publish()
+
     return Plugin(
         app=app,
-        admin=_admin(core, snapshot),
-        recover=lambda: _recover(core.driver, ipv6_override, failures),
+        admin=_admin(core, snapshot, networks),
+        recover=recover_all,
         parts=tuple(_parts(core, settings, snapshot, router)),
     )
 
@@ -237,11 +246,27 @@ def _subscribe(changes: Changes, core: Core, ipv6_override: Ipv6Override) -> Non
     ]
 
 
-def _admin(core: Core, snapshot: Snapshot) -> Any:
+def _runtime_networks(paths: HostPaths, settings: Settings, core: Core) -> RuntimeNetworks:
+    return RuntimeNetworks(
+        core.host.store,
+        core.syncer.state,
+        # Its own: a request of freeflow-runc waits shortly, and changes nothing for the sync loop.
+        DockerDirectory(paths.engine_socket, PATIENCE),
+        paths.admin_socket.with_name(FILE),
+        on=settings.acceleration == "on",
+        swarm=settings.scope == "global",
+    )
+
+
+def _admin(core: Core, snapshot: Snapshot, networks: RuntimeNetworks) -> Any:
     ping = Ping(core.driver, core.kernel, core.syncer, router=core.router)
     labels = PathLabels(core.driver, core.kernel, core.syncer)
     return create_admin(
-        snapshot, ping, lambda: labels.connections(core.router.connections()), core.router.verbs
+        snapshot,
+        ping,
+        lambda: labels.connections(core.router.connections()),
+        core.router.verbs,
+        networks.answer,
     )
 
 

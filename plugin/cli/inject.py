@@ -23,6 +23,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from driver.errors import EngineError, InvalidRequest
+from driver.names import is_freeflow
 from plugin.cli.client import Engine
 from plugin.cli.container_check import FOLDER, LIBRARY
 from plugin.cli.image import Start, Verdict, environment, examine_image, split_words, start_of
@@ -72,11 +73,6 @@ class _Addition:
 
     mount: bool
     preload: str | None
-
-
-def is_freeflow(driver: str) -> bool:
-    """Whether a network driver is FreeFlow, from any registry and with any tag."""
-    return driver.rpartition("/")[2].partition(":")[0] == "freeflow"
 
 
 def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = ()) -> Outcome:

@@ -45,7 +45,8 @@ def test_mount_and_variable_are_added(world: RuntimeWorld) -> None:
 def test_fractions_keep_their_text(world: RuntimeWorld) -> None:
     """A number that no double holds exactly is written as it was read."""
     text = go_json({**world.config(), "annotations": {}}).replace(
-        b'"annotations":{}', b'"annotations":{"a":0.10000000000000000555,"b":1e400,"c":-0.0,"d":1E5}'
+        b'"annotations":{}',
+        b'"annotations":{"a":0.10000000000000000555,"b":1e400,"c":-0.0,"d":1E5}',
     )
     found = world.create(text)
     assert accelerated(found)
@@ -143,7 +144,7 @@ def test_names_of_networks(world: RuntimeWorld) -> None:
 
 def test_network_of_another_container(world: RuntimeWorld) -> None:
     """With `--network container:…` the networks are the other's, and the label is the own one."""
-    world.describe({"front": NETWORK}, id=OTHER)
+    world.describe({"front": NETWORK}, identifier=OTHER)
     world.describe({})
     assert accelerated(world.create(world.config(OTHER)))
     world.describe({}, {"freeflow.accelerate": "off"})
@@ -312,7 +313,9 @@ def test_the_runtimes_status(world: RuntimeWorld) -> None:
     world.call(world.arguments("create"), expect=3, FREEFLOW_FAKE_STATUS="3")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--version"], ["-h"], ["create"], ["--root"], ["--", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--version"], ["-h"], ["create"], ["--root"], ["--", "x"]]
+)
 def test_odd_arguments(world: RuntimeWorld, arguments: list[str]) -> None:
     """Arguments that have no container get to the runtime as they are."""
     world.call(arguments)

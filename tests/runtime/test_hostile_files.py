@@ -144,7 +144,9 @@ ODD: dict[str, Callable[[bytes], bytes]] = {
     "two values": lambda config: config + b"{}",
     "comment": lambda config: b"/* */" + config,
     "single quotes": lambda config: config.replace(b'"/proc"', b"'/proc'"),
-    "trailing comma": lambda config: config.replace(b'"ociVersion":"1.2.0",', b'"ociVersion":"1.2.0",,'),
+    "trailing comma": lambda config: config.replace(
+        b'"ociVersion":"1.2.0",', b'"ociVersion":"1.2.0",,'
+    ),
     "names twice": duplicated,
     "number past 64 bits": lambda config: config.replace(b"18446744073709551615", b"1" + b"8" * 30),
     "number below 64 bits": lambda config: config.replace(b'"quota":-1', b'"quota":-' + b"9" * 30),
@@ -172,7 +174,9 @@ def test_blanks_are_allowed(checked: RuntimeWorld) -> None:
     """A configuration with line ends and blanks is understood."""
     checked.put(json.dumps(checked.config(), indent=4).encode() + b"\n\n")
     clean(checked, "create")
-    assert "/run/freeflow" in {mount["destination"] for mount in json.loads(checked.result())["mounts"]}
+    assert "/run/freeflow" in {
+        mount["destination"] for mount in json.loads(checked.result())["mounts"]
+    }
 
 
 @pytest.mark.parametrize("kind", ["missing", "link", "FIFO", "folder", "unreadable", "no bundle"])

@@ -42,11 +42,11 @@ def go_json(value: Any) -> bytes:
 class RuntimeWorld:
     """Files below `top`, which is also what the program takes for the host's root."""
 
-    def __init__(self, program: Path, top: Path, id: str = ID) -> None:
+    def __init__(self, program: Path, top: Path, identifier: str = ID) -> None:
         self.program = program
         self.top = top
-        self.id = id
-        self.bundle = top / "run/containerd/io.containerd.runtime.v2.task/moby" / id
+        self.id = identifier
+        self.bundle = top / "run/containerd/io.containerd.runtime.v2.task/moby" / identifier
         self.data = top / "var/lib/docker"
         self.rootfs = self.data / "overlay2/8d/merged"
         self.record = top / "record"
@@ -74,13 +74,13 @@ class RuntimeWorld:
         self.write("run/freeflow-admin/networks.json", json.dumps({"networks": networks}).encode())
 
     def describe(
-        self, networks: dict[str, str], labels: dict[str, str] | None = None, id: str | None = None
+        self, networks: dict[str, str], labels: dict[str, str] | None = None, identifier: str = ""
     ) -> Path:
         """Docker's description of a container with networks (names to IDs)."""
         value = {
             "StreamConfig": {},
             "State": {"Running": False},
-            "ID": id or self.id,
+            "ID": identifier or self.id,
             "Config": {"Hostname": "3f3f", "Env": ["PATH=/bin"], "Labels": labels or {}},
             "NetworkSettings": {
                 "Networks": {
@@ -88,10 +88,10 @@ class RuntimeWorld:
                     for name, network in networks.items()
                 }
             },
-            "HostsPath": str(self.data / "containers" / (id or self.id) / "hosts"),
+            "HostsPath": str(self.data / "containers" / (identifier or self.id) / "hosts"),
         }
         return self.write(
-            f"var/lib/docker/containers/{id or self.id}/config.v2.json", go_json(value)
+            f"var/lib/docker/containers/{identifier or self.id}/config.v2.json", go_json(value)
         )
 
     def config(self, owner: str | None = None) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class RuntimeWorld:
             "process": {
                 "user": {"uid": 0, "gid": 0, "additionalGids": [0, 10]},
                 "args": ["sh", "-c", "echo <a> && sleep 1 # \u2028 é\t"],
-                "env": ["PATH=/usr/local/sbin:/usr/bin", "HOSTNAME=3f3f", "WORDS=a \"b\" \\ / c"],
+                "env": ["PATH=/usr/local/sbin:/usr/bin", "HOSTNAME=3f3f", 'WORDS=a "b" \\ / c'],
                 "cwd": "/",
                 "capabilities": {"bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"]},
                 "rlimits": [{"type": "RLIMIT_CORE", "hard": LARGEST, "soft": LARGEST}],
@@ -173,7 +173,11 @@ class RuntimeWorld:
         done = subprocess.run(
             [self.program, *arguments],
             cwd=self.bundle,
-            env={"PATH": str(self.runtime.parent), "FREEFLOW_TEST_ROOT": str(self.top), **variables},
+            env={
+                "PATH": str(self.runtime.parent),
+                "FREEFLOW_TEST_ROOT": str(self.top),
+                **variables,
+            },
             capture_output=True,
             timeout=60,
             check=False,

@@ -12,6 +12,7 @@ from dataplane.control import Connections, VerbsObjects
 from driver.errors import InvalidRequest, KernelError, NotFound
 from plugin.admin import create_admin
 from plugin.ping import PingRequest
+from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import Status
 from tests.unit.statuses import LISTED, LISTED_VERBS, status
 
@@ -22,7 +23,11 @@ def connections() -> Connections:
 
 def client(ping: Any = None) -> FlaskClient:
     return create_admin(
-        status, ping or (lambda wanted: wanted), connections, lambda: LISTED_VERBS
+        status,
+        ping or (lambda wanted: wanted),
+        connections,
+        lambda: LISTED_VERBS,
+        lambda _question: RuntimeAnswer(True),
     ).test_client()
 
 
@@ -107,3 +112,10 @@ def test_unknown(method: str, path: str, code: int) -> None:
 def test_large_body() -> None:
     """A body over the limit is refused."""
     assert client().post("/admin/ping", data=b" " * 5000).status_code == 413
+
+
+def test_runtime_question() -> None:
+    """freeflow-runc gets a short answer; a malformed question is refused."""
+    answer = client().post("/admin/runtime", data=b'{"networks":[{"name":"n","id":""}]}')
+    assert answer.data == b'{"accelerated":true}\n'
+    assert client().post("/admin/runtime", data=b'{"networks":7}').status_code == 400

@@ -21,6 +21,7 @@ from driver.errors import InvalidRequest, NotFound
 from plugin.admin import create_admin
 from plugin.cli.commands import cli
 from plugin.ping import PingRequest, PingResult
+from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import (
     CallStatus,
     EndpointStatus,
@@ -92,7 +93,11 @@ class World:
 
     def _admin(self) -> Flask:
         return create_admin(
-            self._snapshot, self._ping, lambda: self.listed, lambda: self.listed_verbs
+            self._snapshot,
+            self._ping,
+            lambda: self.listed,
+            lambda: self.listed_verbs,
+            lambda _question: RuntimeAnswer(True),
         )
 
     def _ping(self, wanted: PingRequest) -> PingResult:
@@ -211,7 +216,13 @@ def test_plugin_that_answers_nonsense(world: World) -> None:
 def test_plugin_with_a_bug(world: World) -> None:
     """An error inside the plugin is shown with its remedy; the exit code is 2."""
     world.status = None
-    admin = create_admin(lambda: 1 / 0, world._ping, lambda: LISTED, lambda: LISTED_VERBS)  # type: ignore[arg-type, return-value]
+    admin = create_admin(
+        lambda: 1 / 0,
+        world._ping,
+        lambda: LISTED,
+        lambda: LISTED_VERBS,
+        lambda _question: RuntimeAnswer(True),
+    )  # type: ignore[arg-type, return-value]
     with served(admin, world.directory / "broken.sock") as broken:
         done = CliRunner().invoke(cli, ["--socket", str(broken), "status"])
     assert done.exit_code == 2

@@ -16,6 +16,7 @@ from plugin.admin import create_admin
 from plugin.cli.client import Client, Engine
 from plugin.cli.container_check import LIBRARY, examine_container, inspect_process, own_library
 from plugin.cli.doctor import DoctorReport
+from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import Status
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
@@ -71,7 +72,13 @@ class World:
             },
         }
         admin, docker = self.directory / "admin.sock", self.directory / "docker.sock"
-        app = create_admin(lambda: self.status, lambda wanted: wanted, _connections, _verbs)  # type: ignore[arg-type, return-value]
+        app = create_admin(
+            lambda: self.status,
+            lambda wanted: wanted,
+            _connections,
+            _verbs,
+            lambda _question: RuntimeAnswer(True),
+        )  # type: ignore[arg-type, return-value]
         with served(app, admin), served(engine(answers), docker):
             client = Client(admin, Engine(docker))
             report = examine_container(client, name, run=self.run, proc=self.proc)

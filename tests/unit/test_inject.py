@@ -14,9 +14,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.parser import ParserError
 
 from driver.errors import InvalidRequest
+from driver.names import is_freeflow
 from plugin.cli.client import Engine
 from plugin.cli.commands import cli
-from plugin.cli.inject import PRELOAD, Outcome, inject_stack, is_freeflow, pairs
+from plugin.cli.inject import PRELOAD, Outcome, inject_stack, pairs
 from tests.unit.sockets import engine, served
 
 MOUNT = {"type": "bind", "source": "/run/freeflow", "target": "/run/freeflow"}
