@@ -4,6 +4,8 @@ PYTHON := .venv/bin/python
 PLUGIN := build/plugin
 NAME := freeflow:latest
 REGISTRY ?=
+# With make install: anything but nothing makes freeflow-runc the engine's default runtime.
+RUNTIME ?=
 # A public Debian image to build the plugin from with docker build; empty: from the Debian archive, with mmdebstrap.
 BASE ?=
 # A plugin cannot have a manifest for several architectures, so the tag names the architecture.
@@ -16,7 +18,7 @@ C_FILES := $(filter %.c %.h,$(SOURCES))
 PYTHON_FOLDERS := plugin driver dataplane bench testbed tests tools
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library verbs ebpf relay plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures demo bench settings clean
+.PHONY: help setup venv library verbs ebpf relay runtime plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures demo bench settings clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -60,16 +62,24 @@ build/freeflow-relay-memory: $(wildcard dataplane/relay/* dataplane/library/*.h)
 	@plugin/image/setup.sh
 	dataplane/relay/build.sh --memory $@
 
+runtime: build/freeflow-runc ## build the OCI runtime that adds the library to containers
+
+build/freeflow-runc: $(wildcard plugin/runtime/*)
+	@plugin/image/setup.sh
+	plugin/runtime/build.sh $@
+
 plugin: $(PLUGIN)/config.json ## build the plugin into build/plugin
 
 $(PLUGIN)/config.json: $(CODE)
 	@plugin/image/setup.sh
 	$(if $(BASE),BASE=$(BASE) plugin/image/from-docker.sh,plugin/image/rootfs.sh) $(PLUGIN)
 
-install: plugin ## install the plugin into this machine's own Docker
+install: plugin ## install the plugin into this machine's own Docker; with RUNTIME=1 as the default runtime too
 	plugin/image/install.sh $(PLUGIN) $(NAME)
+	$(if $(RUNTIME),plugin/image/install-runtime.sh)
 
 uninstall: ## remove it from this machine's own Docker
+	-freeflow runtime uninstall
 	freeflow cleanup --all
 	docker plugin disable $(NAME)
 	docker plugin rm $(NAME)

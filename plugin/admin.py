@@ -11,7 +11,7 @@ POST /admin/runtime   `runtime_networks.RuntimeQuestion` → `runtime_networks.R
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -24,11 +24,21 @@ from plugin.ping import PingRequest
 from plugin.runtime_networks import RuntimeAnswer, RuntimeQuestion
 from plugin.status import Status, explanation
 
+T = TypeVar("T")
+
 log = structlog.get_logger()
 
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value) + b"\n", status, content_type="application/json")
+
+
+def _body(kind: type[T], what: str, remedy: str) -> T:
+    """The request's body. Raises InvalidRequest."""
+    try:
+        return msgspec.json.decode(request.get_data(), type=kind)
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(what, cause=str(error), remedy=remedy) from error
 
 
 def create_admin(
@@ -48,13 +58,8 @@ def create_admin(
 
     @app.post("/admin/ping")
     def run_ping() -> Response:
-        try:
-            wanted = msgspec.json.decode(request.get_data(), type=PingRequest)
-        except msgspec.DecodeError as error:
-            raise InvalidRequest(
-                "ping", cause=str(error), remedy="freeflow ping --help shows the arguments"
-            ) from error
-        return _json(ping(wanted))
+        remedy = "freeflow ping --help shows the arguments"
+        return _json(ping(_body(PingRequest, "ping", remedy)))
 
     @app.get("/admin/connections")
     def list_connections() -> Response:
@@ -66,15 +71,8 @@ def create_admin(
 
     @app.post("/admin/runtime")
     def runtime_question() -> Response:
-        try:
-            question = msgspec.json.decode(request.get_data(), type=RuntimeQuestion)
-        except msgspec.DecodeError as error:
-            raise InvalidRequest(
-                "networks",
-                cause=str(error),
-                remedy="freeflow-runc is of another version: freeflow runtime install",
-            ) from error
-        return _json(runtime(question))
+        remedy = "freeflow-runc is of another version: freeflow runtime install"
+        return _json(runtime(_body(RuntimeQuestion, "networks", remedy)))
 
     @app.get("/admin/metrics")
     def metrics() -> Response:

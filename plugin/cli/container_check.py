@@ -24,6 +24,11 @@ FOLDER: Final = "/run/freeflow"
 LIBRARY: Final = "libfreeflow.so"
 PRELOAD: Final = f"LD_PRELOAD={FOLDER}/{LIBRARY}"
 MOUNT: Final = f"--mount type=bind,src={FOLDER},dst={FOLDER}"
+RUNTIME: Final = "freeflow"
+_WAYS: Final = {
+    "user": "mounted by its stack or its command line (freeflow inject)",
+    "runtime": "added by the runtime (freeflow runtime)",
+}
 
 _MOST_BYTES: Final = 8 << 20
 """Limit of a file in /proc; the kernel allows 65,530 mappings."""
@@ -98,15 +103,45 @@ def _processes(engine: Engine, name: str, proc: Path) -> list[Loaded]:
     return [process for process in found if process is not None]
 
 
-def check_mount(name: str, container: dict[str, Any]) -> Iterator[Finding]:
-    """Whether the directory of library and router is mounted in the container."""
+def mounted_by(container: dict[str, Any], proc: Path) -> str:
+    """Who has mounted the directory of library and router: `user`, `runtime`, or nobody (empty).
+
+    Docker knows the mounts of users alone; the kernel knows what the runtime has added, too.
+    """
     mounts = container.get("Mounts") or ()
-    if not any(str(mount.get("Destination")).rstrip("/") == FOLDER for mount in mounts):
+    if any(str(mount.get("Destination")).rstrip("/") == FOLDER for mount in mounts):
+        return "user"
+    try:
+        table = _read(proc / str(container["State"].get("Pid")) / "mountinfo")
+    except OSError:
+        return ""
+    fields = (line.split(" ") for line in table.splitlines())
+    return "runtime" if any(len(each) > 4 and each[4] == FOLDER for each in fields) else ""
+
+
+def why_not_by_runtime(name: str, container: dict[str, Any]) -> str:
+    """Why the runtime, if it is registered at all, has not given the library to the container."""
+    config = container.get("Config") or {}
+    if (container.get("HostConfig") or {}).get("Runtime") != RUNTIME:
+        return f"its runtime isn't {RUNTIME}"
+    if (config.get("Labels") or {}).get("freeflow.accelerate") == "off":
+        return "its label freeflow.accelerate is off"
+    if "FREEFLOW=off" in (config.get("Env") or ()):
+        return "its variable FREEFLOW is off"
+    return (
+        f"runtime {RUNTIME} did not add it (docs/runtime.md says when it doesn't), or {name} was on no "
+        "FreeFlow network when it started"
+    )
+
+
+def check_mount(name: str, container: dict[str, Any], by: str) -> Iterator[Finding]:
+    """Whether the directory of library and router is mounted in the container."""
+    if not by:
         yield Finding(
             "error",
             f"{name} has no {FOLDER}",
-            "library and router are not visible in the container",
-            f"start it with {MOUNT} --env {PRELOAD}",
+            f"library and router are not visible in the container: {why_not_by_runtime(name, container)}",
+            f"start it with {MOUNT} --env {PRELOAD}, or: freeflow runtime install --default, and make it anew",
         )
 
 
@@ -205,7 +240,8 @@ def examine_container(
         if len(findings) == before:
             passed.append(what)
 
-    add(f"{FOLDER} is in the container", check_mount(name, container))
+    by = mounted_by(container, proc)
+    add(f"{FOLDER} is in the container: {_WAYS.get(by)}", check_mount(name, container, by))
     try:
         processes = _processes(client.engine, name, proc)
     except EngineError as error:

@@ -18,5 +18,6 @@ mkdir -p "$output/rootfs"
 docker export "$container" | tar -C "$output/rootfs" --exclude='dev/*' -xf -
 "$top/dataplane/library/build.sh" "$output/rootfs/usr/lib/freeflow/libfreeflow.so"
 "$top/dataplane/relay/build.sh" "$output/rootfs/usr/lib/freeflow/freeflow-relay"
+"$top/plugin/runtime/build.sh" "$output/rootfs/usr/lib/freeflow/freeflow-runc"
 "$top/dataplane/ebpf/build.sh" "$output/rootfs/usr/lib/freeflow/overlay.bpf.o"
 cp "$top/config.json" "$output/config.json"

@@ -3,8 +3,8 @@
 # quick when nothing is missing, and starts no daemon.
 set -eu
 
-wanted="bpftool clang clang-format docker-compose docker-registry ethtool gcc iproute2 iptables libbpf-dev libc6-dev libibverbs-dev libnftables1 libseccomp-dev libssl-dev mmdebstrap musl-tools nftables procps \
-python3-venv shellcheck util-linux"
+wanted="bpftool clang clang-format docker-compose docker-registry ethtool gcc iproute2 iptables libbpf-dev libc6-dev libibverbs-dev libjson-c-dev libnftables1 libseccomp-dev libssl-dev mmdebstrap musl-tools nftables procps \
+python3-venv shellcheck strace util-linux"
 # For virtual machines.
 wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"
 # Programs of verbs, and rdma-core's own tests, which use our libibverbs.

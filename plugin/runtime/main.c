@@ -112,6 +112,8 @@ int main(int count, char **words)
         struct arguments arguments = parse_arguments(count, words);
         struct settings settings = read_settings();
 
+        if (count == 0)
+                return NO_RUNTIME;
         if (arguments.command != COMMAND_OTHER && !settings.off && work_aside(&arguments) == REFUSED) {
                 report(&arguments, REFUSAL);
                 return 1;

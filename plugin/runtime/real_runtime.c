@@ -45,14 +45,19 @@ static int is_self(const char *path)
                own.st_ino == other.st_ino;
 }
 
-/* The first argument stays as it is, because the rest must too; runc looks at it only for its help. */
-static void try_runtime(const char *path, char *const *words)
+/* The name of the program is its own: some runtimes read their mode from it. */
+static void try_runtime(char *path, char **words)
 {
-        if (!is_self(path))
-                execv(path, words);
+        char *before = words[0];
+
+        if (is_self(path))
+                return;
+        words[0] = path;
+        execv(path, words);
+        words[0] = before;
 }
 
-void become_real(const struct settings *settings, char *const *words)
+void become_real(struct settings *settings, char **words)
 {
         const char *places = getenv("PATH");
         char path[PATH_MAX];

@@ -13,6 +13,6 @@ struct settings {
 struct settings read_settings(void);
 
 /* Replaces this program by the real runtime, with the same arguments. Returns only if there is none. */
-void become_real(const struct settings *settings, char *const *words);
+void become_real(struct settings *settings, char **words);
 
 #endif

@@ -42,6 +42,18 @@ def test_mount_and_variable_are_added(world: RuntimeWorld) -> None:
     assert str(LARGEST).encode() in found
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "data").iterdir()), ids=str)
+def test_configurations_of_runc(world: RuntimeWorld, path: Path) -> None:
+    """What `runc spec` of each engine writes stays the same but for the additions, in its order."""
+    wanted = json.loads(path.read_bytes())
+    wanted["root"]["path"] = str(world.rootfs)
+    wanted["mounts"] += world.config()["mounts"][-3:]
+    found = json.loads(world.create(json.dumps(wanted, indent="\t").encode() + b"\n"))
+    assert found["mounts"].pop()["destination"] == "/run/freeflow"
+    assert found["process"]["env"].pop() == PRELOAD
+    assert json.dumps(found) == json.dumps(wanted)
+
+
 def test_fractions_keep_their_text(world: RuntimeWorld) -> None:
     """A number that no double holds exactly is written as it was read."""
     text = go_json({**world.config(), "annotations": {}}).replace(

@@ -10,7 +10,14 @@ import pytest
 
 TOP = Path(__file__).parents[2]
 LIBRARY = "dataplane/library"
-FOLDERS = [LIBRARY, "dataplane/relay", "dataplane/ebpf", "dataplane/verbs", "bench/tools"]
+FOLDERS = [
+    LIBRARY,
+    "dataplane/relay",
+    "dataplane/ebpf",
+    "dataplane/verbs",
+    "plugin/runtime",
+    "bench/tools",
+]
 
 _NOISE = re.compile(r"/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|__attribute__\(\(.*?\)\)+", re.DOTALL)
 """Comments, strings and attributes."""

@@ -56,6 +56,7 @@ COMMANDS = (
     "bugreport",
     "cleanup",
     "inject",
+    "runtime",
     "completion",
 )
 
@@ -217,12 +218,12 @@ def test_plugin_with_a_bug(world: World) -> None:
     """An error inside the plugin is shown with its remedy; the exit code is 2."""
     world.status = None
     admin = create_admin(
-        lambda: 1 / 0,
+        lambda: 1 / 0,  # type: ignore[arg-type, return-value]
         world._ping,
         lambda: LISTED,
         lambda: LISTED_VERBS,
         lambda _question: RuntimeAnswer(True),
-    )  # type: ignore[arg-type, return-value]
+    )
     with served(admin, world.directory / "broken.sock") as broken:
         done = CliRunner().invoke(cli, ["--socket", str(broken), "status"])
     assert done.exit_code == 2
@@ -576,7 +577,9 @@ def test_help_of_a_command(command: str) -> None:
     assert all(len(line) <= 80 for line in output.splitlines())
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("completion", "inject")])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c not in ("completion", "inject", "runtime")]
+)
 def test_every_command_speaks_json(command: str) -> None:
     """Every command that shows facts can print them as JSON."""
     assert "--json" in CliRunner().invoke(cli, [command, "--help"]).output
@@ -620,3 +623,33 @@ def test_version() -> None:
         CliRunner().invoke(cli, ["--version"], prog_name="freeflow").output
         == "freeflow, version 0.1.0\n"
     )
+
+
+def test_runtime_commands(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runtime` passes --default on, prints what was changed, and shows the status as JSON too."""
+    from plugin.cli import runtime
+
+    class FakeSetup:
+        def __init__(self, engine: object) -> None:
+            pass
+
+        def install(self, *, default: bool) -> list[str]:
+            return [f"default {default}", "\x1b[31m"]
+
+        def uninstall(self) -> list[str]:
+            return ["removed"]
+
+        def status(self) -> runtime.RuntimeStatus:
+            return runtime.RuntimeStatus(program="/x", engine_default="runc")
+
+    monkeypatch.setattr(runtime, "RuntimeSetup", FakeSetup)
+    for arguments, expected in (
+        (["install", "--default"], "default True\n\\x1b[31m\n"),
+        (["install"], "default False\n\\x1b[31m\n"),
+        (["uninstall"], "removed\n"),
+    ):
+        done = CliRunner().invoke(cli, ["runtime", *arguments])
+        assert (done.exit_code, done.output) == (0, expected)
+    assert "program /x" in CliRunner().invoke(cli, ["runtime", "status"]).output
+    shown = CliRunner().invoke(cli, ["runtime", "status", "--json"]).output
+    assert json.loads(shown)["engine_default"] == "runc"

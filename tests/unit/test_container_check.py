@@ -73,12 +73,12 @@ class World:
         }
         admin, docker = self.directory / "admin.sock", self.directory / "docker.sock"
         app = create_admin(
-            lambda: self.status,
+            lambda: self.status,  # type: ignore[arg-type, return-value]
             lambda wanted: wanted,
             _connections,
             _verbs,
             lambda _question: RuntimeAnswer(True),
-        )  # type: ignore[arg-type, return-value]
+        )
         with served(app, admin), served(engine(answers), docker):
             client = Client(admin, Engine(docker))
             report = examine_container(client, name, run=self.run, proc=self.proc)
@@ -113,6 +113,39 @@ def test_well(world: World) -> None:
     assert report.findings == []
     assert "1 of 1 processes have this host's library" in report.passed
     assert any(line.startswith("the router knows 4 of its processes") for line in report.passed)
+
+
+def test_the_way_of_the_library(world: World) -> None:
+    """The report says whether the stack has mounted the library, or the runtime has added it."""
+    assert any("freeflow inject" in line for line in world.report().passed)
+    world.container["Mounts"] = []
+    world.container["State"]["Pid"] = 71
+    table = "31 30 0:25 /freeflow-admin/public /run/freeflow ro,nosuid,nodev - tmpfs tmpfs rw\n"
+    (world.proc / "71/mountinfo").write_text("x\n" + table)
+    report = world.report()
+    assert report.findings == []
+    assert any("added by the runtime" in line for line in report.passed)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "labels", "variables", "reason"),
+    [
+        ("runc", {}, [], "its runtime isn't freeflow"),
+        ("freeflow", {"freeflow.accelerate": "off"}, [], "its label freeflow.accelerate is off"),
+        ("freeflow", {}, ["FREEFLOW=off"], "its variable FREEFLOW is off"),
+        ("freeflow", {}, [], "was on no FreeFlow network when it started"),
+    ],
+)
+def test_why_the_runtime_has_not_added_it(
+    world: World, runtime: str, labels: dict[str, str], variables: list[str], reason: str
+) -> None:
+    """A container without the library is told why the runtime has left it alone."""
+    world.container["Mounts"] = []
+    world.container["HostConfig"] = {"Runtime": runtime}
+    world.container["Config"] = {"Labels": labels, "Env": variables}
+    finding = world.report().findings[0]
+    assert finding.what == f"{NAME} has no /run/freeflow"
+    assert reason in finding.cause
 
 
 def test_no_container(world: World) -> None:
