@@ -1,7 +1,7 @@
 """The engine's own settings, /etc/docker/daemon.json: read, changed, validated and replaced.
 
-Keys and their order stay, as far as they aren't FreeFlow's. A file that can't be read with certainty
-is never written.
+Keys and their order stay, as far as they aren't FreeFlow's. A file that can't be read with
+certainty is never written.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class HostFiles:
     settings: Path = SETTINGS
     proc: Path = Path("/proc")
     root: Callable[[], AbstractContextManager[None]] = users_root
-    pid_file: Path = field(default_factory=lambda: host_run() / "docker.pid")
+    run: Path = field(default_factory=host_run)
     kill: Callable[[int, int], None] = os.kill
     places: str = _PLACES
 
@@ -95,7 +95,7 @@ class HostFiles:
 def engine_process(files: HostFiles) -> EngineProcess | None:
     """This host's dockerd, by its PID file; None if it isn't running."""
     try:
-        pid = int(files.pid_file.read_text())
+        pid = int((files.run / "docker.pid").read_text())
         folder = files.proc / str(pid)
         if (folder / "comm").read_text().strip() != "dockerd":
             return None
@@ -137,6 +137,23 @@ def _copy_program(files: HostFiles, content: bytes) -> None:
         os.fchmod(file.fileno(), 0o755)
         os.fsync(file.fileno())
     temporary.replace(files.program)
+
+
+def _called_by_shims(files: HostFiles) -> bool:
+    """Whether containerd calls the program for something that runs now: also to stop it.
+
+    The engine runs plugins by its default runtime. Each shim notes its runtime in its bundle, as
+    the program's path, or that of a script of the engine's (DATA_ROOT/runtimes/NAME).
+    """
+    marks = (str(files.program).encode(), f"/runtimes/{NAME}".encode())
+    for folder in ("docker/containerd/daemon", "containerd"):
+        for name in ("runtime", "options.json"):
+            for path in (files.run / folder).glob(f"*/*/*/{name}"):
+                with suppress(OSError):
+                    content = path.read_bytes()
+                    if any(mark in content for mark in marks):
+                        return True
+    return False
 
 
 @dataclass(slots=True)
@@ -308,6 +325,11 @@ class RuntimeSetup:
             lines.append(
                 f"the name stays registered, and changes nothing: {', '.join(users[:5])}{more} can't start "
                 "without it; create them anew, then repeat this"
+            )
+        elif _called_by_shims(self.files):
+            lines.append(
+                f"{self.files.program} stays, and changes nothing: the engine's plugins were started with it; "
+                "restart the engine, then repeat this"
             )
         else:
             with self.files.root(), _host_errors():

@@ -1,16 +1,16 @@
 /*
  * Finds the command and the options that matter among a runtime's arguments.
  *
- * Global options come before the command. What is not understood leads to COMMAND_OTHER, which the real
- * runtime gets without further ado.
+ * Global options come before the command. What is not understood leads to COMMAND_OTHER, which
+ * the real runtime gets without further ado.
  */
 #include "arguments.h"
 
 #include <string.h>
 
 /*
- * If word `at` is the option, its value, and `at` moves to the last word of it; else NULL. As in Go, one
- * dash and two mean the same, and a value follows "=" or is the next word.
+ * If word `at` is the option, its value, and `at` moves to the last word of it; else NULL. As in
+ * Go, one dash and two mean the same, and a value follows "=" or is the next word.
  */
 static const char *option(int count, char *const *words, int *at, const char *name)
 {

@@ -1,4 +1,7 @@
-/* What the arguments of an OCI runtime ask for. They are those of runc; crun and youki have the same. */
+/*
+ * What the arguments of an OCI runtime ask for. They are those of runc; crun and youki have the
+ * same.
+ */
 #ifndef FREEFLOW_ARGUMENTS_H
 #define FREEFLOW_ARGUMENTS_H
 

@@ -1,6 +1,6 @@
 /*
- * Reads and replaces the files that the runtime gets: config.json in a container's bundle, and the
- * description of a further program. Whatever is not as expected stays as it is.
+ * Reads and replaces the files that the runtime gets: config.json in a container's bundle, and
+ * the description of a further program. Whatever is not as expected stays as it is.
  */
 #include "bundle.h"
 
@@ -96,7 +96,10 @@ int is_prepared(const struct arguments *arguments)
         char folder[PATH_MAX];
         const char *end;
 
-        /* containerd's shim works in the bundle, and has the log in it. The bundle's name is the ID. */
+        /*
+         * containerd's shim works in the bundle, and has the log in it. The bundle's name is the
+         * ID.
+         */
         if (prepared_in(".", arguments->id))
                 return 1;
         if (arguments->log == NULL || (end = strrchr(arguments->log, '/')) == NULL ||

@@ -1,14 +1,15 @@
 /*
  * Which networks a container gets, from Docker's own files.
  *
- * When the runtime is called, Docker may not have told the network driver of the container yet: engines
- * from 28.1 on join networks when the runtime has created the namespaces. But dockerd has written
- * containers/ID/config.v2.json when the container was created (container/container.go, toDisk), with the
- * names of its networks, and it mounts files of that folder at /etc/hosts, /etc/hostname and
- * /etc/resolv.conf. IDs are there for tasks of Swarm and from the second start on.
+ * When the runtime is called, Docker may not have told the network driver of the container yet:
+ * engines from 28.1 on join networks when the runtime has created the namespaces. But dockerd has
+ * written containers/ID/config.v2.json when the container was created (container/container.go,
+ * toDisk), with the names of its networks, and it mounts files of that folder at /etc/hosts,
+ * /etc/hostname and /etc/resolv.conf. IDs are there for tasks of Swarm and from the second start
+ * on.
  *
- * A container that shares the network of another (`--network container:…`) gets the other's files, so
- * they lead to the right networks; the label is always its own.
+ * A container that shares the network of another (`--network container:…`) gets the other's
+ * files, so they lead to the right networks; the label is always its own.
  */
 #include "container.h"
 
@@ -30,8 +31,8 @@ static int is_id(const char *text, size_t length)
 }
 
 /*
- * If `source` is DATA_ROOT/containers/ID/NAME, copies DATA_ROOT/containers into `folder`, ID into `id`,
- * and returns 1.
+ * If `source` is DATA_ROOT/containers/ID/NAME, copies DATA_ROOT/containers into `folder`, ID into
+ * `id`, and returns 1.
  */
 static int split_source(const char *source, const char *name, char folder[PATH_MAX], char id[ID_LENGTH + 1])
 {

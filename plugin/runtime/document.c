@@ -1,9 +1,9 @@
 /*
  * JSON, by json-c, and the check that it keeps a document as it is.
  *
- * json-c keeps the order of members, unsigned numbers of 64 bits, and the text of fractions. Of members
- * with the same name it keeps the last, and it cuts larger integers off. So the text is compared with
- * what json-c writes, without blanks and without what is in strings.
+ * json-c keeps the order of members, unsigned numbers of 64 bits, and the text of fractions. Of
+ * members with the same name it keeps the last, and it cuts larger integers off. So the text is
+ * compared with what json-c writes, without blanks and without what is in strings.
  */
 #include "document.h"
 
@@ -37,8 +37,9 @@ struct json_object *parse_json(const char *bytes, size_t length)
 }
 
 /*
- * The next byte of a text that is neither a blank nor inside a string, or 0 at the end. A string is seen
- * as its first quotation mark; one with a control character, which JSON does not allow, as that.
+ * The next byte of a text that is neither a blank nor inside a string, or 0 at the end. A string
+ * is seen as its first quotation mark; one with a control character, which JSON does not allow,
+ * as that.
  */
 static char next_outside(const char **at, const char *end)
 {

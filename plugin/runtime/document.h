@@ -9,8 +9,8 @@
 struct json_object *parse_json(const char *bytes, size_t length);
 
 /*
- * As parse_json, but NULL also if writing the value again would change anything besides the notation of
- * strings: names that occur twice, numbers past 64 bits, NUL characters.
+ * As parse_json, but NULL also if writing the value again would change anything besides the
+ * notation of strings: names that occur twice, numbers past 64 bits, NUL characters.
  */
 struct json_object *parse_exactly(const char *bytes, size_t length);
 

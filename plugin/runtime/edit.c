@@ -1,6 +1,6 @@
 /*
- * Changes of a container's configuration. Each step either succeeds or leads to an unchanged start:
- * whatever could make the runtime fail is found out before.
+ * Changes of a container's configuration. Each step either succeeds or leads to an unchanged
+ * start: whatever could make the runtime fail is found out before.
  */
 #include "edit.h"
 
@@ -16,8 +16,8 @@
 static const char PRELOAD[] = "LD_PRELOAD=";
 
 /*
- * The only variable of this name: its index, -1 if there is none, -2 if there are several, or something
- * that isn't text.
+ * The only variable of this name: its index, -1 if there is none, -2 if there are several, or
+ * something that isn't text.
  */
 static long variable(struct json_object *env, const char *name)
 {
@@ -99,8 +99,8 @@ static int has_option(struct json_object *mount, const char *name)
 }
 
 /*
- * Whether a mount of the user's is in the way. The runtime makes the directory for a mount: in a folder
- * of the user's, or in one that can't be written to, that does harm or fails.
+ * Whether a mount of the user's is in the way. The runtime makes the directory for a mount: in a
+ * folder of the user's, or in one that can't be written to, that does harm or fails.
  */
 static int in_the_way(struct json_object *mount)
 {
@@ -190,8 +190,8 @@ static int add_preload(struct json_object *config)
 }
 
 /*
- * What a container gets, in this order. A launcher in front of its program would be a further step, which
- * changes `process.args`.
+ * What a container gets, in this order. A launcher in front of its program would be a further
+ * step, which changes `process.args`.
  */
 static int (*const steps[])(struct json_object *config) = {add_mount, add_preload};
 

@@ -1,8 +1,8 @@
 /*
  * Where freeflow-runc finds the host's files, and its limits.
  *
- * Everything is bounded: the sizes of what is read, the depth of JSON, and the time. Past a limit the
- * container starts unchanged.
+ * Everything is bounded: the sizes of what is read, the depth of JSON, and the time. Past a limit
+ * the container starts unchanged.
  */
 #ifndef FREEFLOW_HOST_H
 #define FREEFLOW_HOST_H
@@ -22,7 +22,10 @@ enum {
         WORK_MILLISECONDS = 300,     /* for everything; then the container starts as it is */
 };
 
-/* A path of the host. Tests put FREEFLOW_TEST_ROOT before it; the result is valid until the next call. */
+/*
+ * A path of the host. Tests put FREEFLOW_TEST_ROOT before it; the result is valid until the next
+ * call.
+ */
 const char *host_path(const char *path);
 
 #endif

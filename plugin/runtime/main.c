@@ -1,12 +1,12 @@
 /*
  * freeflow-runc: an OCI runtime that gives containers on FreeFlow networks the library.
  *
- * The engine calls it with the arguments of runc. It may change what runc is about to read, and then
- * becomes runc (or what the engine used before) with the same arguments. Read bundle.c next.
+ * The engine calls it with the arguments of runc. It may change what runc is about to read, and
+ * then becomes runc (or what the engine used before) with the same arguments. Read bundle.c next.
  *
- * A container must start whatever happens here. So the work is done in a child process: if that crashes,
- * or takes too long, the container starts as it is. Files are replaced by renaming, so they are complete at
- * any moment.
+ * A container must start whatever happens here. So the work is done in a child process: if that
+ * crashes, or takes too long, the container starts as it is. Files are replaced by renaming, so
+ * they are complete at any moment.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -89,7 +89,10 @@ static char work_aside(const struct arguments *arguments)
         return result;
 }
 
-/* Reports an error as runc does: on stderr, and in the log from which the engine takes its message. */
+/*
+ * Reports an error as runc does: on stderr, and in the log from which the engine takes its
+ * message.
+ */
 static void report(const struct arguments *arguments, const char *message)
 {
         int log;

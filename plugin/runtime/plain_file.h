@@ -1,4 +1,7 @@
-/* Reads and replaces small files that others may have made: nothing is followed, awaited or trusted. */
+/*
+ * Reads and replaces small files that others may have made: nothing is followed, awaited or
+ * trusted.
+ */
 #ifndef FREEFLOW_PLAIN_FILE_H
 #define FREEFLOW_PLAIN_FILE_H
 
@@ -12,8 +15,8 @@ struct text {
 };
 
 /*
- * A plain file of at most MOST_BYTES. With `roots_own`, only the user of this process may own it or write
- * to it. `folder` is as for openat(2).
+ * A plain file of at most MOST_BYTES. With `roots_own`, only the user of this process may own it
+ * or write to it. `folder` is as for openat(2).
  */
 struct text read_text(int folder, const char *name, int roots_own);
 

@@ -1,10 +1,10 @@
 /*
  * Which networks are FreeFlow's.
  *
- * The plugin keeps a list of its networks in a file, which answers most starts without any other process,
- * also while the plugin is busy or restarts. A network that is not in it may be known by another name, or
- * be new to this host: that is asked on the plugin's admin socket, and without an answer in time the
- * container starts as it is. Only root can open either.
+ * The plugin keeps a list of its networks in a file, which answers most starts without any other
+ * process, also while the plugin is busy or restarts. A network that is not in it may be known by
+ * another name, or be new to this host: that is asked on the plugin's admin socket, and without
+ * an answer in time the container starts as it is. Only root can open either.
  */
 #include "question.h"
 

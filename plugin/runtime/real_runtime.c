@@ -1,6 +1,6 @@
 /*
- * Finds and starts the real runtime. Its path is in a file of the host with lines NAME=VALUE; if that
- * leads nowhere, or back to this program, runc is looked for in PATH.
+ * Finds and starts the real runtime. Its path is in a file of the host with lines NAME=VALUE; if
+ * that leads nowhere, or back to this program, runc is looked for in PATH.
  */
 #include "real_runtime.h"
 

@@ -12,7 +12,10 @@ struct settings {
 /* What `freeflow runtime install` has written; the defaults if that can't be read. */
 struct settings read_settings(void);
 
-/* Replaces this program by the real runtime, with the same arguments. Returns only if there is none. */
+/*
+ * Replaces this program by the real runtime, with the same arguments. Returns only if there is
+ * none.
+ */
 void become_real(struct settings *settings, char **words);
 
 #endif

@@ -1,9 +1,9 @@
 /*
- * The container's root file system. An earlier start of the container may have put anything into it, so
- * no link of it is followed to the outside, and nothing in it is opened for reading.
+ * The container's root file system. An earlier start of the container may have put anything into
+ * it, so no link of it is followed to the outside, and nothing in it is opened for reading.
  *
- * The runtime would make the directory for the mount. It is made here instead, because a start must not
- * fail where that can't be done: on a full disk, or if a file has the name.
+ * The runtime would make the directory for the mount. It is made here instead, because a start
+ * must not fail where that can't be done: on a full disk, or if a file has the name.
  */
 #include "rootfs.h"
 
@@ -17,7 +17,10 @@
 
 #include "host.h"
 
-/* The loaders of glibc and musl: without one no program of this machine's kind preloads a library. */
+/*
+ * The loaders of glibc and musl: without one no program of this machine's kind preloads a
+ * library.
+ */
 static const char *const loaders[] = {
 #if defined(__x86_64__)
     "lib64/ld-linux-x86-64.so.2",

@@ -3,8 +3,9 @@
 #define FREEFLOW_ROOTFS_H
 
 /*
- * Whether a program in it can preload a library of this machine's kind; then it gets the directory for the
- * mount. `bundle` is the folder that a relative path starts from. Returns 1 or 0.
+ * Whether a program in it can preload a library of this machine's kind; then it gets the
+ * directory for the mount. `bundle` is the folder that a relative path starts from. Returns 1 or
+ * 0.
  */
 int prepare_rootfs(int bundle, const char *path);
 

@@ -126,7 +126,7 @@ def test_forms_of_the_option(world: RuntimeWorld, form: str) -> None:
 
 @pytest.mark.parametrize("variant", ["label", "variable", "library", "settings", "foreign"])
 def test_opting_out(world: RuntimeWorld, variant: str) -> None:
-    """Label, variable, uninstalling, a missing library, and another network leave a container alone."""
+    """Label, variable, uninstalling, a missing library, and another network leave it alone."""
     config = world.config()
     if variant == "label":
         world.describe({"front": NETWORK}, {"freeflow.accelerate": "off"})
@@ -164,7 +164,7 @@ def test_network_of_another_container(world: RuntimeWorld) -> None:
 
 
 def test_the_users_mounts_come_first(world: RuntimeWorld) -> None:
-    """A mount at the library's folder, or one in which its directory can't be made, is left alone."""
+    """A mount at the library's folder, or one in which its directory can't be made, stays alone."""
     for mount in (
         {"destination": "/run/freeflow", "type": "bind", "source": "/run/freeflow"},
         {"destination": "/run/freeflow/", "type": "bind", "source": "/x"},
@@ -256,7 +256,7 @@ def test_nobody_is_asked_needlessly(world: RuntimeWorld) -> None:
 
 
 def test_a_silent_plugin(world: RuntimeWorld) -> None:
-    """A plugin that takes the question and never answers doesn't keep the container from starting."""
+    """A plugin that takes the question and never answers keeps no container from starting."""
     world.describe({"new": ""})
     with world.plugin(None) as requests:
         assert world.untouched()

@@ -181,7 +181,7 @@ def test_blanks_are_allowed(checked: RuntimeWorld) -> None:
 
 @pytest.mark.parametrize("kind", ["missing", "link", "FIFO", "folder", "unreadable", "no bundle"])
 def test_odd_files(checked: RuntimeWorld, kind: str) -> None:
-    """A configuration that is no plain file is left to the runtime; nothing waits or is followed."""
+    """What is no plain file is left to the runtime; nothing waits or is followed."""
     path = checked.bundle / "config.json"
     outside = checked.write("tmp/config.json", go_json(checked.config()))
     before = outside.read_bytes()

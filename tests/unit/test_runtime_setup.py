@@ -35,11 +35,11 @@ class FakeEngine(Engine):
         self.default = "runc"
         self.signals: list[int] = []
         self.containers: dict[str, str] = {}
-        self.deaf = False
+        self.unheeding = False
 
     def reload(self, pid: int, number: int) -> None:
         self.signals.append(pid)
-        if self.deaf:
+        if self.unheeding:
             return
         value = json.loads(self.file.read_text())
         if "runtimes" in value:
@@ -86,7 +86,7 @@ class Host:
             settings=top / "etc/freeflow/runtime",
             proc=top / "proc",
             root=nullcontext,
-            pid_file=top / "run/docker.pid",
+            run=top / "run",
             kill=self.engine.reload,
             places=str(self.bin),
         )
@@ -173,7 +173,7 @@ def test_another_default_runtime(host: Host) -> None:
     "entry", [{"runtimeType": "io.containerd.kata.v2"}, {"path": ""}, {}, "kata", None]
 )
 def test_a_default_runtime_that_cannot_be_called(host: Host, entry: Any) -> None:
-    """A default that isn't called like runc can't be replaced; beside it the runtime can be used."""
+    """A default that isn't called like runc can't be replaced, but used beside the runtime."""
     host.write(json.dumps({"default-runtime": "kata", "runtimes": {"kata": entry}}))
     before = host.file.read_text()
     with pytest.raises(InvalidRequest, match="kata") as raised:
@@ -266,7 +266,7 @@ def test_no_runc(host: Host) -> None:
 
 def test_an_engine_that_does_not_reload(host: Host) -> None:
     """If the engine goes on without the new file, that is an error."""
-    host.engine.deaf = True
+    host.engine.unheeding = True
     with pytest.raises(FreeFlowError, match="has not taken over"):
         host.setup.install(default=True)
 
@@ -274,7 +274,7 @@ def test_an_engine_that_does_not_reload(host: Host) -> None:
 @pytest.mark.parametrize("pid", ["", "x", "78", "-1"])
 def test_no_engine(host: Host, pid: str) -> None:
     """Without a running engine the file is changed, and no process gets a signal."""
-    host.files.pid_file.write_text(pid)
+    (host.files.run / "docker.pid").write_text(pid)
     lines = host.setup.install(default=True)
     assert "the engine isn't running; it reads the file when it starts" in lines
     assert host.engine.signals == []
@@ -308,6 +308,24 @@ def test_uninstall_while_containers_have_it(host: Host) -> None:
     del host.engine.containers["web"]
     host.setup.uninstall()
     assert "runtimes" not in host.value()
+    assert not host.files.program.exists()
+
+
+@pytest.mark.parametrize("file", ["runtime", "options.json"])
+def test_uninstall_while_plugins_run_with_it(host: Host, file: str) -> None:
+    """The engine stops its plugins by the runtime with which it has started them."""
+    host.setup.install(default=True)
+    bundle = (
+        host.files.run / "docker/containerd/daemon/io.containerd.runtime.v2.task/plugins.moby/5"
+    )
+    bundle.mkdir(parents=True)
+    (bundle / file).write_text(f'{{"binary_name":"{host.files.program}"}}')
+    lines = host.setup.uninstall()
+    assert any("restart the engine" in line for line in lines)
+    assert host.files.program.exists()
+    assert "runtimes" not in host.value()
+    (bundle / file).write_text('{"binary_name":"/usr/bin/runc"}')
+    host.setup.uninstall()
     assert not host.files.program.exists()
 
 

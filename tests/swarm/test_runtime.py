@@ -1,0 +1,186 @@
+"""freeflow-runc on real engines: stacks that nobody has edited, and what must not break."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from testbed import Bed, Host, wait_until
+from testbed.images import WORKLOAD_IMAGE
+from testbed.process import CommandError
+from tests.swarm.conftest import make_network, run_container, unique
+
+STACK = """\
+version: "3.8"
+services:
+  cache:
+    image: {image}
+    command: redis-server --bind 0.0.0.0 --protected-mode no --save ""
+    networks: [backend]
+    deploy: &place
+      placement:
+        constraints: [node.hostname == {host}]
+  clients:
+    image: {image}
+    command: ["sleep", "1000000"]
+    networks: [backend]
+    deploy: *place
+  without:
+    image: {image}
+    command: ["sleep", "1000000"]
+    networks: [backend]
+    labels: {{freeflow.accelerate: "off"}}
+    deploy: *place
+networks:
+  backend:
+    driver: freeflow:latest
+    attachable: true
+"""
+LIBRARY = "/run/freeflow/libfreeflow.so"
+
+
+@pytest.fixture
+def default(bed: Bed) -> Iterator[None]:
+    """freeflow-runc as the default runtime of every host."""
+    for host in bed.hosts:
+        host.freeflow("runtime", "install", "--default")
+    yield
+    for host in bed.hosts:
+        containers = host.docker("ps", "-aq").split()
+        if containers:
+            host.docker("rm", "-f", *containers)
+        host.freeflow("runtime", "uninstall")
+
+
+def variable(host: Host, container: str) -> str:
+    """LD_PRELOAD of a container's first process."""
+    text = host.exec(container, "sh", "-c", "tr '\\0' '\\n' </proc/1/environ")
+    return next((line[11:] for line in text.splitlines() if line.startswith("LD_PRELOAD=")), "")
+
+
+def task(host: Host, service: str) -> str:
+    wanted = f"label=com.docker.swarm.service.name={service}"
+    return str(wait_until(service, lambda: host.docker("ps", "-q", "--filter", wanted).strip(), 60))
+
+
+def shm_connections(host: Host) -> int:
+    listed = json.loads(host.freeflow("connections", "--json"))["connections"]
+    return sum(item["path"] == "shm" and item["remote"].endswith(":6379") for item in listed)
+
+
+@pytest.mark.usefixtures("default")
+def test_an_unchanged_stack_is_accelerated(bed: Bed, manager: Host) -> None:
+    """Installing the runtime is all that a stack on a FreeFlow network needs; a service that opts
+    out doesn't get the library.
+    """
+    name = unique("stack")
+    text = STACK.format(host=manager.name, image=WORKLOAD_IMAGE)
+    manager.run("sh", "-c", f"cat >/root/{name}.yml", stdin=text)
+    manager.docker("stack", "deploy", "-c", f"/root/{name}.yml", name)
+    try:
+        box = task(manager, f"{name}_clients")
+        assert variable(manager, box) == LIBRARY
+        assert variable(manager, task(manager, f"{name}_without")) == ""
+        ping = ("redis-cli", "-h", "cache", "ping")
+        wait_until("redis", lambda: "PONG" in manager.exec(box, *ping, check=False), 60)
+        # By docker exec: its programs have the library, too.
+        load = manager.spawn(
+            *("docker", "exec", box, "redis-benchmark", "-h", "cache", "-t", "get"),
+            *("-n", "100000000", "-c", "2", "-q"),
+        )
+        try:
+            wait_until("connections on shm", lambda: shm_connections(manager) >= 2, 30)
+        finally:
+            load.kill()
+            load.wait()
+        said = manager.freeflow("doctor", box, check=False)
+        assert "added by the runtime" in said
+    finally:
+        manager.docker("stack", "rm", name)
+
+
+@pytest.mark.usefixtures("default")
+def test_containers_of_every_engine(bed: Bed, manager: Host) -> None:
+    """On each engine a container gets the library at its first start and at a restart, whether the
+    host knew the network or not; so do programs of docker exec.
+    """
+    network = make_network(manager, "--attachable")
+    for host in bed.hosts:
+        box = run_container(host, network)
+        assert variable(host, box) == LIBRARY, host.engine
+        host.docker("restart", "-t", "0", box)
+        assert variable(host, box) == LIBRARY, host.engine
+        assert LIBRARY in host.exec(box, "sh", "-c", "echo $LD_PRELOAD")
+        out = run_container(host, network, "--label", "freeflow.accelerate=off")
+        assert variable(host, out) == ""
+        off = run_container(host, network, "--env", "FREEFLOW=off")
+        assert variable(host, off) == ""
+
+
+@pytest.mark.usefixtures("default")
+def test_other_networks_and_runtimes(bed: Bed) -> None:
+    """Containers on other networks, and those that name runc, start as ever."""
+    for host in bed.hosts:
+        for options in (
+            ("--network", "bridge"),
+            ("--network", "host"),
+            ("--network", "none"),
+            ("--runtime", "runc"),
+            ("--read-only",),
+            ("--cap-add", "NET_ADMIN"),
+            ("--tmpfs", "/run"),
+        ):
+            words = ("run", "--rm", *options, WORKLOAD_IMAGE, "sh", "-c", "echo [$LD_PRELOAD]")
+            assert host.docker(*words).strip() == "[]", (host.engine, options)
+
+
+@pytest.mark.usefixtures("default")
+def test_checkpoint_is_refused_by_name(manager: Host) -> None:
+    """A container with the library can't be checkpointed, and runs on."""
+    network = make_network(manager, "--attachable")
+    box = run_container(manager, network)
+    with pytest.raises(CommandError) as raised:
+        manager.docker("checkpoint", "create", box, "one")
+    assert "can't be checkpointed" in str(raised.value) or "experimental" in str(raised.value)
+    assert variable(manager, box) == LIBRARY
+
+
+def test_install_and_uninstall_restart_nothing(manager: Host) -> None:
+    """Neither command restarts a container, and both leave the engine's other settings alone. A
+    container that was made with the runtime can be started after uninstalling.
+    """
+    before = '{\n  "max-concurrent-downloads": 4\n}\n'
+    manager.run("sh", "-c", "mkdir -p /etc/docker && cat >/etc/docker/daemon.json", stdin=before)
+    network = make_network(manager, "--attachable")
+    box = run_container(manager, network)
+    started = manager.docker("inspect", "-f", "{{.State.StartedAt}}", box)
+    manager.freeflow("runtime", "install", "--default")
+    with_it = run_container(manager, network)
+    assert variable(manager, with_it) == LIBRARY
+    said = manager.freeflow("runtime", "uninstall")
+    assert with_it in said
+    manager.docker("restart", "-t", "0", with_it)
+    assert variable(manager, with_it) == ""
+    manager.docker("rm", "-f", with_it)
+    manager.freeflow("runtime", "uninstall")
+    assert manager.docker("inspect", "-f", "{{.State.StartedAt}}", box) == started
+    value = json.loads(manager.run("cat", "/etc/docker/daemon.json"))
+    assert value == {"max-concurrent-downloads": 4, "default-runtime": "runc"}
+    manager.run("sh", "-c", "test ! -e /usr/local/lib/freeflow && rm /etc/docker/daemon.json")
+    manager.docker("run", "--rm", WORKLOAD_IMAGE, "true")
+
+
+@pytest.mark.usefixtures("default")
+def test_without_the_plugin(manager: Host) -> None:
+    """With the plugin disabled, containers on other networks start, and none waits for it."""
+    manager.docker("plugin", "disable", "-f", "freeflow:latest")
+    try:
+        network = unique("plain")
+        manager.docker("network", "create", network)
+        words = ("run", "--rm", "--network", network, WORKLOAD_IMAGE, "echo", "well")
+        assert manager.docker(*words).strip() == "well"
+        manager.docker("network", "rm", network)
+    finally:
+        manager.docker("plugin", "enable", "freeflow:latest")
