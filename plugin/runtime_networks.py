@@ -21,7 +21,7 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from driver.errors import EngineError
+from driver.errors import EngineError, FreeFlowError
 from driver.model import Network, NetworkView
 from driver.names import is_freeflow
 from driver.vip_table import NetworkState
@@ -98,15 +98,14 @@ class RuntimeNetworks:
     def publish(self) -> None:
         """Write the file if it would change. A failure is logged; freeflow-runc then asks."""
         with self._lock:
-            content = msgspec.json.encode(NetworkList(self.known()))
-            if content == self._written:
-                return
             try:
-                _replace(self.path, content)
-            except OSError as error:
+                content = msgspec.json.encode(NetworkList(self.known()))
+                if content != self._written:
+                    _replace(self.path, content)
+                    self._written = content
+            except (OSError, FreeFlowError) as error:
+                # A request of Docker may be what has changed something: it must not fail.
                 log.warning("the list of networks can't be written", reason=str(error))
-            else:
-                self._written = content
 
     def answer(self, question: RuntimeQuestion) -> RuntimeAnswer:
         """Whether a container with these networks is to get the library."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from plugin.cli.program import HEAD, identify
 from tests.runtime.world import RuntimeWorld
 
+TOP = Path(__file__).parents[2]
+
 STRACE = shutil.which("strace") or ""
-pytestmark = pytest.mark.skipif(not STRACE, reason="missing: strace")
+needs_strace = pytest.mark.skipif(not STRACE, reason="missing: strace")
 
 _CALL = re.compile(r"^(?:\[pid +\d+\] |\d+ +)?(\w+)\((.*)$", re.MULTILINE)
 
@@ -33,6 +38,7 @@ def calls(world: RuntimeWorld, command: str) -> Counter[str]:
     return Counter(name for name, _ in _CALL.findall(before))
 
 
+@needs_strace
 def test_a_start_with_the_library(world: RuntimeWorld) -> None:
     """An accelerated start makes fewer than 100 system calls, and none of them sleeps but for the
     child's result: 5 ms are enough for thousands.
@@ -45,9 +51,22 @@ def test_a_start_with_the_library(world: RuntimeWorld) -> None:
     assert found["poll"] + found["ppoll"] == 1
 
 
+@needs_strace
 def test_a_start_without_it(world: RuntimeWorld) -> None:
     """Other containers cost less, and other commands of the runtime next to nothing."""
     world.describe({"bridge": ""})
     world.put(world.config())
     assert calls(world, "create").total() < 90
     assert calls(world, "state").total() < 25
+
+
+def test_the_shipped_program(tmp_path: Path) -> None:
+    """What is shipped needs no library of the host, and no variable leads it to other files."""
+    program = tmp_path / "freeflow-runc"
+    environment = {name: os.environ[name] for name in os.environ if name != "FREEFLOW_TEST"}
+    subprocess.run([TOP / "plugin/runtime/build.sh", program], env=environment, check=True)
+    content = program.read_bytes()
+    assert b"FREEFLOW_TEST" not in content
+    found = identify(content[:HEAD])
+    assert found is not None
+    assert not found.dynamic
