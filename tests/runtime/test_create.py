@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from plugin.admin import create_admin
+from plugin.runtime_networks import RuntimeAnswer, RuntimeQuestion
 from tests.runtime.world import ID, LARGEST, NETWORK, OTHER, PRELOAD, RuntimeWorld, go_json
+from tests.unit.sockets import served
 
 MOUNT = {
     "destination": "/run/freeflow",
@@ -244,6 +248,36 @@ def test_the_plugin_is_asked_about_unknown_networks(world: RuntimeWorld) -> None
     ):
         with world.plugin(answer):
             assert world.untouched(), answer
+
+
+def test_the_plugins_own_answer(world: RuntimeWorld) -> None:
+    """Program and plugin understand each other, up to the longest question; an engine that needs
+    too long for its answer leaves the container as it is.
+    """
+    asked: list[RuntimeQuestion] = []
+
+    def answer(question: RuntimeQuestion) -> RuntimeAnswer:
+        asked.append(question)
+        if question.networks[0].name == "slow":
+            time.sleep(0.5)
+        return RuntimeAnswer(True)
+
+    app = create_admin(*(lambda *_: None,) * 4, answer)  # type: ignore[arg-type]
+    with served(app, world.top / "run/freeflow-admin/admin.sock"):
+        for names, expected in (
+            (["new"], True),
+            ([f"net-{number:030}" for number in range(60)], True),
+            ([f"net-{number:060}" for number in range(60)], False),
+            (["new"] + [f"net-{number}" for number in range(80)], False),
+            (['a"b\\c\u2028é'], True),
+            (["slow"], False),
+        ):
+            world.describe(dict.fromkeys(names, ""))
+            assert world.untouched() is not expected, names
+    assert [network.name for network in asked[1].networks] == [
+        f"net-{number:030}" for number in range(60)
+    ]
+    assert asked[2].networks[0].name == 'a"b\\c\u2028é'
 
 
 def test_nobody_is_asked_needlessly(world: RuntimeWorld) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from ipaddress import IPv6Network
 from pathlib import Path
@@ -12,12 +13,21 @@ import pytest
 from driver.errors import EngineError
 from driver.model import Network, NetworkView
 from driver.vip_table import NetworkState
+from plugin.admin import create_admin
+from plugin.cli.container_check import FOLDER
+from plugin.cli.inject import PRELOAD
+from plugin.cli.runtime import SETTINGS
+from plugin.host_paths import HostPaths
 from plugin.runtime_networks import (
+    FILE,
+    PATIENCE,
     AttachedNetwork,
     NetworkList,
     RuntimeNetworks,
     RuntimeQuestion,
 )
+
+TOP = Path(__file__).parents[2]
 
 
 def network(identifier: str, *, acceleration: bool = True) -> Network:
@@ -136,3 +146,22 @@ def test_acceleration_off(networks: RuntimeNetworks) -> None:
     networks.publish()
     assert msgspec.json.decode(networks.path.read_bytes(), type=NetworkList).networks == {}
     assert not answer(networks, "back", "front", "new")
+
+
+def test_paths_and_limits_are_those_of_the_program() -> None:
+    """freeflow-runc looks where the plugin and the command write, and sends no larger question than
+    the plugin accepts.
+    """
+    text = (TOP / "plugin/runtime/host.h").read_text()
+    paths = dict(re.findall(r'#define (\w+) (?:FOLDER )?"([^"]+)"', text))
+    limits = {name: int(number) for name, number in re.findall(r"(\w+) = (\d+),", text)}
+    host = HostPaths(Path("/run"), None, Path("/state"))
+    assert paths["FOLDER"] == FOLDER
+    assert paths["FOLDER"] + paths["LIBRARY"] == PRELOAD
+    assert paths["SETTINGS"] == str(SETTINGS)
+    assert paths["ADMIN_SOCKET"] == str(host.admin_socket)
+    assert paths["NETWORKS"] == str(host.admin_socket.with_name(FILE))
+    app = create_admin(*(lambda *_: None,) * 5)  # type: ignore[arg-type]
+    assert limits["MOST_ANSWER"] <= app.config["MAX_CONTENT_LENGTH"]
+    assert limits["QUESTION_MILLISECONDS"] > PATIENCE * 1000
+    assert limits["WORK_MILLISECONDS"] > limits["QUESTION_MILLISECONDS"]
