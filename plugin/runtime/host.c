@@ -1,4 +1,4 @@
-/* Paths of the host. */
+/* Paths of the host, and limits of time. */
 #include "host.h"
 
 #ifdef FREEFLOW_TEST
@@ -14,9 +14,21 @@ const char *host_path(const char *path)
         snprintf(changed, sizeof(changed), "%s%s", root != NULL ? root : "", path);
         return changed;
 }
+
+long patience(long milliseconds)
+{
+        const char *factor = getenv("FREEFLOW_TEST_PATIENCE");
+
+        return milliseconds * (factor != NULL ? atoi(factor) : 1);
+}
 #else
 const char *host_path(const char *path)
 {
         return path;
+}
+
+long patience(long milliseconds)
+{
+        return milliseconds;
 }
 #endif

@@ -28,4 +28,7 @@ enum {
  */
 const char *host_path(const char *path);
 
+/* A limit of time. Tests multiply it by FREEFLOW_TEST_PATIENCE, because their machine is busy. */
+long patience(long milliseconds);
+
 #endif

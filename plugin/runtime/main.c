@@ -45,7 +45,8 @@ static char await_result(int pipe)
 {
         struct pollfd readable = {.fd = pipe, .events = POLLIN};
         struct timespec start, now;
-        long left = WORK_MILLISECONDS;
+        const long most = patience(WORK_MILLISECONDS);
+        long left = most;
         char result = 0;
 
         clock_gettime(CLOCK_MONOTONIC, &start);
@@ -57,8 +58,7 @@ static char await_result(int pipe)
                 if (ready == 0 || errno != EINTR)
                         return 0;
                 clock_gettime(CLOCK_MONOTONIC, &now);
-                left = WORK_MILLISECONDS -
-                       ((now.tv_sec - start.tv_sec) * 1000 + (now.tv_nsec - start.tv_nsec) / 1000000);
+                left = most - ((now.tv_sec - start.tv_sec) * 1000 + (now.tv_nsec - start.tv_nsec) / 1000000);
         }
         return 0;
 }

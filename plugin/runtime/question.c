@@ -96,7 +96,7 @@ static int await(int descriptor, short event, long deadline)
 /* Sends the request, and reads the answer up to its end. Returns its length, or 0. */
 static size_t exchange(int descriptor, const char *request, size_t length, char answer[MOST_ANSWER])
 {
-        long deadline = now_milliseconds() + QUESTION_MILLISECONDS;
+        long deadline = now_milliseconds() + patience(QUESTION_MILLISECONDS);
         size_t got = 0;
 
         while (length > 0) {

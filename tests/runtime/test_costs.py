@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from plugin.cli.program import HEAD, identify
+from testbed.patience import patience
 from tests.runtime.world import RuntimeWorld
 
 TOP = Path(__file__).parents[2]
@@ -29,7 +30,11 @@ def calls(world: RuntimeWorld, command: str) -> Counter[str]:
     trace = world.top / "trace"
     subprocess.run(
         [STRACE, "-f", "-o", trace, world.program, *world.arguments(command)],
-        env={"PATH": str(world.runtime.parent), "FREEFLOW_TEST_ROOT": str(world.top)},
+        env={
+            "PATH": str(world.runtime.parent),
+            "FREEFLOW_TEST_ROOT": str(world.top),
+            "FREEFLOW_TEST_PATIENCE": "100",
+        },
         cwd=world.bundle,
         check=True,
         timeout=60,
@@ -70,3 +75,20 @@ def test_the_shipped_program(tmp_path: Path) -> None:
     found = identify(content[:HEAD])
     assert found is not None
     assert not found.dynamic
+
+
+@needs_strace
+def test_work_that_takes_too_long(world: RuntimeWorld) -> None:
+    """If the work stops in the middle, the container starts as it is, and nothing stays behind."""
+    before = world.put(world.config())
+    arguments = world.arguments("create")
+    stop = "inject=openat2:signal=SIGSTOP"
+    subprocess.run(
+        [STRACE, "-f", "-qq", "-e", "trace=openat2", "-e", stop, world.program, *arguments],
+        env={"PATH": str(world.runtime.parent), "FREEFLOW_TEST_ROOT": str(world.top)},
+        cwd=world.bundle,
+        check=True,
+        timeout=patience(60),
+    )
+    assert world.passed() == arguments
+    assert world.result() == before

@@ -273,6 +273,7 @@ def test_the_plugins_own_answer(world: RuntimeWorld) -> None:
             (["slow"], False),
         ):
             world.describe(dict.fromkeys(names, ""))
+            world.patience = 1 if names == ["slow"] else 100
             assert world.untouched() is not expected, names
     assert [network.name for network in asked[1].networks] == [
         f"net-{number:030}" for number in range(60)
@@ -292,6 +293,7 @@ def test_nobody_is_asked_needlessly(world: RuntimeWorld) -> None:
 def test_a_silent_plugin(world: RuntimeWorld) -> None:
     """A plugin that takes the question and never answers keeps no container from starting."""
     world.describe({"new": ""})
+    world.patience = 1
     with world.plugin(None) as requests:
         assert world.untouched()
     assert len(requests) == 1

@@ -282,7 +282,7 @@ def test_a_crash_changes_nothing(world: RuntimeWorld) -> None:
     world.runtime.symlink_to(shutil.which("true") or "/bin/true")
     done = subprocess.run(
         [world.program, *arguments],
-        env={"PATH": "/bin", "FREEFLOW_TEST_ROOT": str(world.top)},
+        env={"PATH": "/bin", "FREEFLOW_TEST_ROOT": str(world.top), "FREEFLOW_TEST_PATIENCE": "100"},
         preexec_fn=starve,
         capture_output=True,
         check=False,

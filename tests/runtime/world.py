@@ -45,6 +45,7 @@ class RuntimeWorld:
     def __init__(self, program: Path, top: Path, identifier: str = ID) -> None:
         self.program = program
         self.top = top
+        self.patience = 100
         self.id = identifier
         self.bundle = top / "run/containerd/io.containerd.runtime.v2.task/moby" / identifier
         self.data = top / "var/lib/docker"
@@ -176,6 +177,7 @@ class RuntimeWorld:
             env={
                 "PATH": str(self.runtime.parent),
                 "FREEFLOW_TEST_ROOT": str(self.top),
+                "FREEFLOW_TEST_PATIENCE": str(self.patience),
                 **variables,
             },
             capture_output=True,
