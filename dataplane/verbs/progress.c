@@ -3,6 +3,7 @@
 #include "../library/waiters.h"
 #include "datagrams.h"
 #include "executor.h"
+#include "monotonic.h"
 
 #include <stdlib.h>
 
@@ -13,6 +14,8 @@ enum {
         HOT_LOOKS = 1000,
         CORE_EVERY = 256, /* polls in vain */
         YIELDS = 16,
+        LONG = 200000, /* ns: a yield in which somebody else has used the core */
+        NAPS = 256,    /* before the next yield */
 };
 
 /* The queue pairs of a completion queue. Whoever walks along them holds the mutex, and takes those
@@ -31,9 +34,10 @@ struct drive {
         uint32_t count_datagrams;            /* of type UD */
         struct queue_member *_Atomic posted; /* a cold one to which something was posted */
         uint32_t polls;
-        uint32_t vain;    /* polls that have found nothing, in a row */
-        bool shares_core; /* with a thread that polls at the other side */
-        bool waits;       /* some have asked for the other side */
+        uint32_t vain;         /* polls that have found nothing, in a row */
+        bool shares_core;      /* with a thread that polls at the other side */
+        _Atomic uint32_t naps; /* to be taken instead of yields */
+        bool waits;            /* some have asked for the other side */
 };
 
 static _Atomic uint32_t polls;
@@ -308,6 +312,25 @@ static bool has_to_give_way(struct drive *drive)
         return drive->shares_core;
 }
 
+/* The scheduler lets all others run first, some of them for long: then whoever sleeps gets the core
+ * sooner than whoever yields. */
+static void give_way(struct drive *drive)
+{
+        const struct timespec nap = {.tv_nsec = 1};
+        uint32_t naps = atomic_load_explicit(&drive->naps, memory_order_relaxed);
+        uint64_t begin;
+
+        if (naps) {
+                atomic_store_explicit(&drive->naps, naps - 1, memory_order_relaxed);
+                sys_2(SYS_nanosleep, &nap, 0);
+                return;
+        }
+        begin = monotonic();
+        sys_0(SYS_sched_yield);
+        if (monotonic() - begin > LONG)
+                atomic_store_explicit(&drive->naps, NAPS, memory_order_relaxed);
+}
+
 static bool progress_poll(struct cq *cq)
 {
         struct drive *drive = cq->driven;
@@ -330,7 +353,7 @@ static bool progress_poll(struct cq *cq)
                 yields = has_to_give_way(drive);
         mutex_release(&drive->mutex);
         if (yields)
-                sys_0(SYS_sched_yield);
+                give_way(drive);
         return found;
 }
 

@@ -5,6 +5,7 @@ router, goes. See `partner.c`.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -303,6 +304,31 @@ def test_no_descriptor_for_the_moment(partners: Partners) -> None:
     assert first.ask("files 1000") == "limited"
     assert second.hear() == f"10 {SUCCESS}"
     assert first.ask("sleep 10") == f"10 {SUCCESS}"
+
+
+def sleeps(pid: int) -> int:
+    """How often the main thread of a process has gone to sleep."""
+    status = Path(f"/proc/{pid}/task/{pid}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+def test_busy_core(partners: Partners) -> None:
+    """Two programs that poll on one core with a third give way by sleeping: who yields gets the
+    core after all others.
+    """
+    core = {min(os.sched_getaffinity(0))}
+    pids = [partner.process.pid for partner in partners.both]
+    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy:
+        try:
+            for pid in [*pids, busy.pid]:
+                os.sched_setaffinity(pid, core)
+            partners.connect()
+            assert [partner.ask("flood poll") for partner in partners.both] == ["begun"] * 2
+            before = [sleeps(pid) for pid in pids]
+            time.sleep(patience(1))
+            assert min(sleeps(pid) - at for pid, at in zip(pids, before, strict=True)) > 20
+        finally:
+            busy.kill()
 
 
 def test_itself(partners: Partners) -> None:
