@@ -174,8 +174,7 @@ def test_a_client_keeps_its_task(bed: Bed, manager: Host) -> None:
     for client, host in clients.items():
         (own[client],) = reached(host, client, service, 6)
         shown = service_status(host, service)
-        assert list(shown["clients"]) == [client]
-        assert shown["here"] == [shown["clients"][client]]
+        assert shown["clients"][client] in shown["here"]
     manager.docker("service", "scale", "-d", f"{service}=6")
     bed.hosts[1].docker("plugin", "disable", "-f", "freeflow:latest")
     bed.hosts[1].docker("plugin", "enable", "freeflow:latest")
