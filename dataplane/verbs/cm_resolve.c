@@ -125,7 +125,21 @@ int cm_bind(struct cm_id *id, const union cm_address *address)
         return failed && id ? unbind(id, failed) : failed;
 }
 
-/* The address that packets to the target come from. */
+/* The address that packets to the target come from. The route to groups leads to one network, often
+ * to one without a device; then it is any address of the device. */
+static int find_route(struct cm_id *id)
+{
+        uint16_t port = cm_address_port(&id->source);
+        int failed = cm_address_source(&id->source, &id->target);
+
+        if (!cm_address_is_multicast(&id->target) || (!failed && cm_address_place(&id->source) >= 0))
+                return failed;
+        if (!cm_address_own(&id->source, id->target.any.sa_family))
+                return failed;
+        cm_address_set_port(&id->source, port);
+        return 0;
+}
+
 static int find_source(struct cm_id *id)
 {
         uint16_t port = cm_address_port(&id->source);
@@ -140,7 +154,7 @@ static int find_source(struct cm_id *id)
                 id->target = id->source;
                 cm_address_set_port(&id->target, port);
         } else if (cm_address_is_any(&id->source)) {
-                failed = cm_address_source(&id->source, &id->target);
+                failed = find_route(id);
                 if (failed)
                         return failed;
         }

@@ -679,6 +679,9 @@ static void check_groups(void)
         leave.id = joined.id;
         CHECK(COMMAND(fd, LEAVE_MCAST, leave, 4) == 0 && left.events_reported == 0 && !is_ready(fd, 0));
         CHECK(COMMAND(fd, JOIN_IP_MCAST, wanted, 4) == 0 && destroy(fd, id) == 1 && !is_ready(fd, 0));
+        /* No route leads to this one. */
+        id = create(fd, 3, RDMA_PS_UDP);
+        CHECK(resolve(fd, id, "225.1.2.3", 0) == 0 && expect(fd, ADDRESS_RESOLVED).id == id);
 }
 
 /* Commands of random kinds and sizes, with random bytes in them but for pointers. */
