@@ -1,8 +1,11 @@
-"""Installs the library that containers preload into the folder that they mount.
+"""Installs the libraries that containers preload into the folder that they mount.
 
-The library always has the same name there, and is replaced by renaming: a program that starts
+A library always has the same name there, and is replaced by renaming: a program that starts
 meanwhile gets a complete file, old or new, and a running one keeps the file that it has mapped. An
 identical file is kept, so that no running program appears outdated after a restart of the plugin.
+
+A program that starts while several are replaced may load old and new ones. They ask each other for
+their version (`dataplane/library/services.h`): such a program has no device of verbs.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 NAME: Final = "libfreeflow.so"
-SHIPPED: Final = Path("/usr/lib/freeflow") / NAME
-"""Where `plugin/image` puts it."""
+VERBS: Final = "verbs/libibverbs.so.1"
+COMPANION: Final = "verbs/libibverbs.so"
+SHIPPED: Final = Path("/usr/lib/freeflow")
+"""Where `plugin/image` puts them, below the same names."""
 OWNER: Final = 0x7FFFFFFE
 """An unused user ID. A file's owner may take a lease, which delays all who open it (fcntl(2))."""
 
@@ -24,26 +29,35 @@ _held: dict[Path, int] = {}
 
 
 def place(folder: Path, shipped: Path = SHIPPED, *, quietly: bool = False) -> bool:
-    """Install it in `folder`. If that fails, log it and return False.
+    """Install all of them in `folder`, each with the name that it has in `shipped`.
 
-    Connections then stay on the overlay.
+    If one can't be installed, log it, leave the one that is there, and return False. Programs that
+    would have loaded it use the kernel's TCP, or have no device of verbs.
     """
-    target = folder / NAME
+    placed = [_place(folder / name, shipped / name, quietly) for name in (NAME, VERBS, COMPANION)]
+    return all(placed)
+
+
+def _place(target: Path, shipped: Path, quietly: bool) -> bool:
     try:
         wanted = shipped.read_bytes()
         if _same(target, wanted):
             return True
+        target.parent.mkdir(exist_ok=True)
+        target.parent.chmod(0o755)
         _replace(target, wanted)
     except OSError as error:
         if not quietly:
             _log().error(
-                "the library can't be installed for containers",
+                "a library can't be installed for containers",
                 library=str(target),
                 reason=str(error),
             )
         return False
     if not quietly:
-        _log().info("the library was installed for containers", bytes=len(wanted))
+        _log().info(
+            "a library was installed for containers", library=str(target), bytes=len(wanted)
+        )
     return True
 
 
@@ -55,7 +69,7 @@ def _log() -> Any:
 
 
 def _replace(target: Path, wanted: bytes) -> None:
-    temporary = target.with_name(f".{NAME}.new")
+    temporary = target.with_name(f".{target.name}.new")
     # A plugin that was killed may have left a part of a file.
     temporary.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -307,7 +307,7 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
 
 
 @cli.command()
-@click.argument("stack", metavar="STACK.yml")
+@click.argument("stack", metavar="[STACK.yml]", required=False)
 @click.option(
     "-o",
     "--output",
@@ -322,10 +322,23 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
     metavar="NAME",
     help="Only this service, whatever its networks; may be given several times.",
 )
+@click.option(
+    "--image",
+    metavar="IMAGE",
+    help="Print the options of docker run or docker service create for IMAGE, instead of a file.",
+)
+@click.option("--verbs", is_flag=True, help="Add RDMA verbs, too: our libibverbs.")
 @click.pass_obj
 @_explained(err=True)
-def inject(client: Client, stack: str, output: str, services: tuple[str, ...]) -> None:
-    """Add the library to a stack, by a second compose file.
+def inject(
+    client: Client,
+    stack: str | None,
+    output: str,
+    services: tuple[str, ...],
+    image: str | None,
+    verbs: bool,
+) -> None:
+    """Add the library to a stack, by a second compose file, or to a container.
 
     The file adds the library's mount and LD_PRELOAD to services. STACK.yml is as for docker stack
     deploy; `-` is stdin. Services on a FreeFlow network get the library, and services on networks
@@ -334,14 +347,23 @@ def inject(client: Client, stack: str, output: str, services: tuple[str, ...]) -
 
     \b
     freeflow inject stack.yml | docker stack deploy -c stack.yml -c - mystack
+    docker run $(freeflow inject --image IMAGE) --network NETWORK IMAGE
     """
-    from plugin.cli.inject import inject_file
+    from plugin.cli.inject import inject_file, inject_image
 
-    outcome = inject_file(client.engine, stack, output, services)
+    if (stack is None) == (image is None) or (image is not None and (services or output != "-")):
+        raise click.UsageError("Give either STACK.yml, with --service and -o, or --image.")
+    if image is not None:
+        outcome = inject_image(client.engine, image, verbs=verbs)
+        click.echo(outcome.text, nl=False)
+    else:
+        assert stack is not None
+        outcome = inject_file(client.engine, stack, output, services, verbs=verbs)
     for note in outcome.notes:
         say(f"freeflow: {shown(note)}", err=True)
-    injected = shown(", ".join(outcome.injected))
-    say(f"freeflow: the library is added to {injected}", err=True)
+    if image is None:
+        injected = shown(", ".join(outcome.injected))
+        say(f"freeflow: the library is added to {injected}", err=True)
 
 
 @cli.group()

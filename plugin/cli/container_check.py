@@ -15,20 +15,19 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from driver.errors import EngineError, FreeFlowError
+from plugin.cli import preload
 from plugin.cli.client import Client, Engine, host_run
 from plugin.cli.doctor import DoctorReport
+from plugin.cli.preload import FOLDER, LIBRARY
 from plugin.settings import RESTART
 from plugin.status import Finding, Status
 
-FOLDER: Final = "/run/freeflow"
-LIBRARY: Final = "libfreeflow.so"
-PRELOAD: Final = f"LD_PRELOAD={FOLDER}/{LIBRARY}"
-MOUNT: Final = f"--mount type=bind,src={FOLDER},dst={FOLDER}"
 RUNTIME: Final = "freeflow"
 _WAYS: Final = {
     "user": "mounted by its stack or its command line (freeflow inject)",
     "runtime": "added by the runtime (freeflow runtime)",
 }
+_OPTIONS: Final = " ".join(preload.options({}))
 
 _MOST_BYTES: Final = 8 << 20
 """Limit of a file in /proc; the kernel allows 65,530 mappings."""
@@ -141,7 +140,7 @@ def check_mount(name: str, container: dict[str, Any], by: str) -> Iterator[Findi
             "error",
             f"{name} has no {FOLDER}",
             f"library and router are not visible in the container: {why_not_by_runtime(name, container)}",
-            f"start it with {MOUNT} --env {PRELOAD}, or: freeflow runtime install --default, and make it anew",
+            f"start it with {_OPTIONS}, or: freeflow runtime install --default, and make it anew",
         )
 
 
@@ -197,7 +196,7 @@ def check_processes(
             "error",
             f"no process of {name} loads the library",
             "LD_PRELOAD is not in their environment",
-            f"start it with {MOUNT} --env {PRELOAD}",
+            f"start it with {_OPTIONS}",
         )
     # What `docker run --init` puts before the program is static, and has no connections.
     without = [

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from plugin.cli.client import Engine
-from plugin.cli.program import HEAD, identify
+from plugin.cli.program import HEAD, Program, identify
 
 SHELLS: Final = ("sh", "bash", "dash", "ash", "zsh", "ksh")
 _LAUNCHERS: Final = {
@@ -64,11 +64,12 @@ class Start:
 @dataclass(slots=True)
 class Verdict:
     """`hindered`: programs that can't be accelerated, and why. `unknown`: why there is no
-    answer.
+    answer. `musl`: whether the program's C library is musl; None: not known.
     """
 
     hindered: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    musl: bool | None = None
 
 
 Files = Callable[[str], File | None]
@@ -164,6 +165,22 @@ def _privileged(file: File, user: str) -> bool:
     return file.capabilities and not root
 
 
+def _hindrance(path: str, file: File, program: Program, user: str, machine: str) -> str | None:
+    """Why no library can be preloaded into a program, None if one can."""
+    if program.machine != machine:
+        return f"{path} is for {program.machine}, this host is {machine}"
+    if program.go:
+        return f"{path} is a Go program, which doesn't make system calls through the C library"
+    if not program.dynamic:
+        return f"{path} is statically linked, so no library can be preloaded"
+    if _privileged(file, user):
+        return (
+            f"{path} gets more rights than its user has (setuid, setgid or capabilities), so that its loader "
+            "ignores LD_PRELOAD"
+        )
+    return None
+
+
 def judge(files: Files, start: Start, machine: str) -> Verdict:
     """Follow what a container starts to the program that will use the network.
 
@@ -208,19 +225,10 @@ def judge(files: Files, start: Start, machine: str) -> Verdict:
         if name in SHELLS:
             words, origin = _after_shell(words), path
             continue
-        if program.machine != machine:
-            verdict.hindered.append(f"{path} is for {program.machine}, this host is {machine}")
-        elif program.go:
-            verdict.hindered.append(
-                f"{path} is a Go program, which doesn't make system calls through the C library"
-            )
-        elif not program.dynamic:
-            verdict.hindered.append(f"{path} is statically linked, so no library can be preloaded")
-        elif _privileged(file, start.user):
-            verdict.hindered.append(
-                f"{path} gets more rights than its user has (setuid, setgid or capabilities), so that its loader "
-                "ignores LD_PRELOAD"
-            )
+        verdict.musl = program.musl
+        why = _hindrance(path, file, program, start.user, machine)
+        if why is not None:
+            verdict.hindered.append(why)
         return verdict
     verdict.unknown.append(_not_followed(origin))
     return verdict

@@ -1,4 +1,5 @@
-"""`freeflow inject`: writes a second compose file that adds the library to services of a stack.
+"""`freeflow inject`: writes a second compose file that adds the library to services of a stack, or
+the options that add it to a container.
 
     docker stack deploy -c stack.yml -c freeflow.yml mystack
 
@@ -13,6 +14,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import stat
 import sys
 import time
@@ -24,13 +26,13 @@ from urllib.parse import quote
 
 from driver.errors import EngineError, InvalidRequest
 from driver.names import is_freeflow
+from plugin.cli import preload
 from plugin.cli.client import Engine
-from plugin.cli.container_check import FOLDER, LIBRARY
 from plugin.cli.image import Start, Verdict, environment, examine_image, split_words, start_of
+from plugin.cli.preload import FOLDER
 from plugin.cli.stack_file import LONGEST, read_stack
 from plugin.cli.user_files import users_root
 
-PRELOAD: Final = f"{FOLDER}/{LIBRARY}"
 _IMAGE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,511}", re.ASCII)
 _SHOWN: Final = 80
 _MOST_BYTES: Final = 4 * LONGEST
@@ -69,14 +71,17 @@ class _Examined:
 
 @dataclass(frozen=True, slots=True)
 class _Addition:
-    """What the second file gives a service; `preload` is None if its LD_PRELOAD stays."""
+    """What the second file gives a service."""
 
     mount: bool
-    preload: str | None
+    variables: Mapping[str, str]
 
 
-def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = ()) -> Outcome:
+def inject_file(
+    engine: Engine, stack: str, output: str, only: Sequence[str] = (), *, verbs: bool = False
+) -> Outcome:
     """From a file to a file, `-` being stdin and stdout. If anything is wrong nothing is written.
+    `verbs`: with the libraries of RDMA verbs, too.
 
     Raises:
         InvalidRequest: the stack can't be used, or the output not be written.
@@ -102,7 +107,8 @@ def inject_file(engine: Engine, stack: str, output: str, only: Sequence[str] = (
             f"{stack} can't be read ({error.strerror})",
             remedy="name the file given to docker stack deploy -c",
         ) from error
-    outcome = inject_stack(text, "stdin" if stack == "-" else stack, engine, only, read)
+    name = "stdin" if stack == "-" else stack
+    outcome = inject_stack(text, name, engine, only, read, verbs=verbs)
     try:
         if output == "-":
             sys.stdout.buffer.write(outcome.text.encode())
@@ -148,10 +154,13 @@ def inject_stack(
     engine: Engine,
     only: Sequence[str] = (),
     read: Callable[[str], str] | None = None,
+    *,
+    verbs: bool = False,
 ) -> Outcome:
     """The second file for a stack's text.
 
-    `name` is the file's, for messages; `only` names services; `read` reads a file beside the stack.
+    `name` is the file's, for messages; `only` names services; `read` reads a file beside the stack;
+    `verbs`: with the libraries of RDMA verbs, too.
 
     Raises:
         InvalidRequest: the stack can't be read, or no service is to get the library.
@@ -173,10 +182,34 @@ def inject_stack(
             found = _examine(engine, content)
         else:
             found = _Examined(missing="the time for examining images is over")
-        notes += _remarks(service, content, found, read)
-        preload = environment(found.config).get("LD_PRELOAD", "")
-        additions[service] = _addition(service, content, preload, name)
+        addition = additions[service] = _addition(service, content, found, name, verbs)
+        notes += _remarks(service, content, found)
+        notes += _replaced(service, content, addition, read)
+        if verbs:
+            notes += _remarks_on_verbs(stack, service, content, found)
     return Outcome(_second_file(stack.get("version"), additions), tuple(chosen), tuple(notes))
+
+
+def inject_image(engine: Engine, image: str, *, verbs: bool = False) -> Outcome:
+    """The options of `docker run` and `docker service create` for containers of an image, in one
+    line which a shell can take from a command.
+
+    Raises:
+        InvalidRequest: the image's own variables have characters which a shell doesn't take so.
+    """
+    found = _examine_image(engine, image)
+    notes = _remarks(image, {}, found)
+    if verbs:
+        notes += _remarks_on_verbs({}, image, {}, found)
+    words = preload.options(environment(found.config), verbs=verbs, musl=bool(found.verdict.musl))
+    for word in words:
+        if shlex.quote(word) != word:
+            raise InvalidRequest(
+                f"{word} can't be an option that a command prints",
+                cause=f"image {image} sets this variable to a value that needs quotes",
+                remedy="write the options by hand, with the image's own value first",
+            )
+    return Outcome(f"{' '.join(words)}\n", (image,), tuple(notes))
 
 
 def _second_file(version: Any, additions: Mapping[str, _Addition]) -> str:
@@ -189,8 +222,10 @@ def _second_file(version: Any, additions: Mapping[str, _Addition]) -> str:
         entry = ""
         if addition.mount:
             entry += "    volumes:\n" + (_SHORT if str(version) in _OLD_FORMATS else _LONG)
-        if addition.preload is not None:
-            entry += f"    environment:\n      LD_PRELOAD: {_quoted(addition.preload)}\n"
+        if addition.variables:
+            entry += "    environment:\n"
+        for variable, value in addition.variables.items():
+            entry += f"      {variable}: {_quoted(value)}\n"
         if entry:
             services += f"  {_quoted(service)}:\n{entry}"
     return f"{lines}services:\n{services}" if services else f"{lines}services: {{}}\n"
@@ -297,6 +332,18 @@ def _examine(engine: Engine, service: Mapping[str, Any]) -> _Examined:
         return _Examined(missing="it names no image")
     if "$" in image:
         return _Examined(missing=f"the name of its image, {image}, has a variable")
+    return _examine_image(
+        engine,
+        image,
+        _words(service.get("entrypoint")),
+        _words(service.get("command")),
+        str(service.get("user") or ""),
+        str(service.get("working_dir") or ""),
+    )
+
+
+def _examine_image(engine: Engine, image: str, *start_with: Any) -> _Examined:
+    """`start_with`: what `start_of` takes after the configuration."""
     if not _IMAGE.fullmatch(image) or "//" in image or ".." in image:
         return _Examined(missing=f"{image[:_SHOWN]} is no name of an image")
     try:
@@ -306,13 +353,7 @@ def _examine(engine: Engine, service: Mapping[str, Any]) -> _Examined:
     if found is None:
         return _Examined(missing=f"{image} isn't on this host (docker pull {image} brings it)")
     config = dict(_mapping(_mapping(found).get("Config")))
-    start = start_of(
-        config,
-        _words(service.get("entrypoint")),
-        _words(service.get("command")),
-        str(service.get("user") or ""),
-        str(service.get("working_dir") or ""),
-    )
+    start = start_of(config, *start_with)
     try:
         return _Examined(config, _with_variables(start) or examine_image(engine, image, start))
     except EngineError as error:
@@ -325,12 +366,7 @@ def _with_variables(start: Start) -> Verdict | None:
     return None
 
 
-def _remarks(
-    service: str,
-    content: Mapping[str, Any],
-    found: _Examined,
-    read: Callable[[str], str] | None,
-) -> list[str]:
+def _remarks(service: str, content: Mapping[str, Any], found: _Examined) -> list[str]:
     notes = [
         f"{service}: can't be accelerated: {obstacle}; it runs as before"
         for obstacle in found.verdict.hindered
@@ -343,24 +379,56 @@ def _remarks(
         notes.append(
             f"{service}: its image was not examined: {found.missing}; static and Go programs can't be accelerated"
         )
-    variables = pairs(content.get("environment"))
-    if variables.get("FREEFLOW") == "off":
+    if pairs(content.get("environment")).get("FREEFLOW") == "off":
         notes.append(f"{service}: is not accelerated, because it sets FREEFLOW=off")
-    files = content.get("env_file")
-    for file in [files] if isinstance(files, str) else files if isinstance(files, list) else ():
-        if "LD_PRELOAD" not in variables and _sets_preload(str(file), read):
-            notes.append(
-                f"{service}: LD_PRELOAD in {file} is replaced; write it under environment, before the library's path"
-            )
     return notes
 
 
-def _sets_preload(file: str, read: Callable[[str], str] | None) -> bool:
+def _replaced(
+    service: str,
+    content: Mapping[str, Any],
+    addition: _Addition,
+    read: Callable[[str], str] | None,
+) -> list[str]:
+    """The variables of files that the second file's take the place of."""
+    before = pairs(content.get("environment"))
+    files = content.get("env_file")
+    return [
+        f"{service}: {name} in {file} is replaced; write it under environment, before the library's path"
+        for file in (
+            [files] if isinstance(files, str) else files if isinstance(files, list) else ()
+        )
+        for name in addition.variables
+        if name not in before and _sets(name, str(file), read)
+    ]
+
+
+def _remarks_on_verbs(
+    stack: Mapping[str, Any], service: str, content: Mapping[str, Any], found: _Examined
+) -> list[str]:
+    networks = _mapping(stack.get("networks"))
+    off = [
+        name
+        for name in networks_of(content)
+        if str(_mapping(_mapping(networks.get(name)).get("driver_opts")).get("verbs")) == "off"
+    ]
+    notes = []
+    if off:
+        notes.append(f"{service}: has no device of verbs on network {', '.join(off)}: verbs is off")
+    if found.verdict.musl is None:
+        notes.append(
+            f"{service}: it is not known whether its C library is musl; if it is, add {preload.VERBS_FOLDER} to "
+            "LD_LIBRARY_PATH"
+        )
+    return notes
+
+
+def _sets(name: str, file: str, read: Callable[[str], str] | None) -> bool:
     try:
         text = read(file) if read is not None else ""
     except (OSError, UnicodeDecodeError):
         return False
-    return any(line.strip().startswith("LD_PRELOAD=") for line in text.splitlines())
+    return any(line.strip().startswith(f"{name}=") for line in text.splitlines())
 
 
 def pairs(value: Any) -> dict[str, str | None]:
@@ -377,17 +445,10 @@ def pairs(value: Any) -> dict[str, str | None]:
     return found
 
 
-def _preload(before: str | None) -> str:
-    """LD_PRELOAD with the library at its end. The loader accepts blanks as well as colons."""
-    if before is None:
-        before = "${LD_PRELOAD-}"
-    if PRELOAD in before.replace(":", " ").split():
-        return before
-    return f"{before}:{PRELOAD}" if before.strip() else PRELOAD
-
-
-def _addition(service: str, content: Mapping[str, Any], preload: str, name: str) -> _Addition:
-    """What the service lacks; `preload` is its image's LD_PRELOAD. Raises InvalidRequest."""
+def _addition(
+    service: str, content: Mapping[str, Any], found: _Examined, name: str, verbs: bool
+) -> _Addition:
+    """What the service lacks. Raises InvalidRequest."""
     volumes, variables = content.get("volumes"), content.get("environment")
     if not isinstance(volumes, list | None):
         raise InvalidRequest(
@@ -408,10 +469,15 @@ def _addition(service: str, content: Mapping[str, Any], preload: str, name: str)
                     remedy="mount that elsewhere, or leave the service out with --service",
                 )
             mount = False
-    before = pairs(variables)
-    # A dollar sign would begin a variable of the file.
-    value = _preload(before.get("LD_PRELOAD", preload.replace("$", "$$")))
-    return _Addition(mount, None if before.get("LD_PRELOAD") == value else value)
+    return _Addition(
+        mount,
+        preload.variables(
+            pairs(variables),
+            environment(found.config),
+            verbs=verbs,
+            musl=bool(found.verdict.musl),
+        ),
+    )
 
 
 def _ends(mount: Any) -> tuple[str, str]:

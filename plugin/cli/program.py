@@ -15,7 +15,7 @@ HEAD: Final = 1 << 20
 _HEADERS: Final = 64
 """Limit of the program headers that are read; linkers make about ten."""
 _NOTES: Final = 4096
-"""Limit of the bytes of notes that are read."""
+"""Limit of the bytes of notes, and of a loader's name, that are read."""
 _INTERPRETER: Final = 3
 _NOTE: Final = 4
 _GO_BUILD_ID: Final = 4
@@ -32,11 +32,14 @@ _MACHINES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`machine` is as in `uname -m`; `words` is the first line of a script, without `#!`."""
+    """`machine` is as in `uname -m`; `words` is the first line of a script, without `#!`; `musl`:
+    the loader is musl's.
+    """
 
     machine: str = ""
     dynamic: bool = False
     go: bool = False
+    musl: bool = False
     words: tuple[str, ...] = ()
 
 
@@ -65,21 +68,25 @@ def _elf(head: bytes) -> Program:
     if size < (56 if wide else 32):
         # The kernel starts no program with other sizes.
         count = 0
-    dynamic = go = False
+    dynamic = go = musl = False
     for number in range(min(count, _HEADERS)):
         at = table + number * size
         (kind,) = struct.unpack_from(order + "I", head, at)
-        dynamic = dynamic or kind == _INTERPRETER
-        if kind == _NOTE:
-            if wide:
-                (start,) = struct.unpack_from(order + "Q", head, at + 8)
-                (length,) = struct.unpack_from(order + "Q", head, at + 32)
-            else:
-                (start,) = struct.unpack_from(order + "I", head, at + 4)
-                (length,) = struct.unpack_from(order + "I", head, at + 16)
-            go = go or _has_go_note(head[start : start + min(length, _NOTES)], order)
+        if kind not in (_INTERPRETER, _NOTE):
+            continue
+        if wide:
+            (start,) = struct.unpack_from(order + "Q", head, at + 8)
+            (length,) = struct.unpack_from(order + "Q", head, at + 32)
+        else:
+            (start,) = struct.unpack_from(order + "I", head, at + 4)
+            (length,) = struct.unpack_from(order + "I", head, at + 16)
+        content = head[start : start + min(length, _NOTES)]
+        if kind == _INTERPRETER:
+            dynamic, musl = True, b"/ld-musl-" in content
+        else:
+            go = go or _has_go_note(content, order)
     name = _MACHINES.get(machine, f"machine {machine}")
-    return Program(machine=name, dynamic=dynamic, go=go)
+    return Program(machine=name, dynamic=dynamic, go=go, musl=musl)
 
 
 def _has_go_note(notes: bytes, order: str) -> bool:

@@ -16,8 +16,5 @@ trap 'docker rm "$container" >/dev/null' EXIT
 rm -rf "$output"
 mkdir -p "$output/rootfs"
 docker export "$container" | tar -C "$output/rootfs" --exclude='dev/*' -xf -
-"$top/dataplane/library/build.sh" "$output/rootfs/usr/lib/freeflow/libfreeflow.so"
-"$top/dataplane/relay/build.sh" "$output/rootfs/usr/lib/freeflow/freeflow-relay"
-"$top/plugin/runtime/build.sh" "$output/rootfs/usr/lib/freeflow/freeflow-runc"
-"$top/dataplane/ebpf/build.sh" "$output/rootfs/usr/lib/freeflow/overlay.bpf.o"
+"$here/build-dataplane.sh" "$output/rootfs/usr/lib/freeflow"
 cp "$top/config.json" "$output/config.json"

@@ -14,8 +14,9 @@ import pytest
 from dataplane.control import Connections, VerbsObjects
 from plugin.admin import create_admin
 from plugin.cli.client import Client, Engine
-from plugin.cli.container_check import LIBRARY, examine_container, inspect_process, own_library
+from plugin.cli.container_check import examine_container, inspect_process, own_library
 from plugin.cli.doctor import DoctorReport
+from plugin.cli.preload import LIBRARY
 from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import Status
 from tests.unit.documented import is_documented

@@ -17,16 +17,18 @@ from driver.errors import InvalidRequest
 from driver.names import is_freeflow
 from plugin.cli.client import Engine
 from plugin.cli.commands import cli
-from plugin.cli.inject import PRELOAD, Outcome, inject_stack, pairs
+from plugin.cli.inject import Outcome, inject_stack, pairs
+from plugin.cli.preload import PRELOAD
 from tests.unit.sockets import engine, served
 
 MOUNT = {"type": "bind", "source": "/run/freeflow", "target": "/run/freeflow"}
 NETWORKS = "networks:\n  n:\n    driver: freeflow:latest\n"
 
 
-def injected(text: str, *only: str, read: Any = None) -> Outcome:
+def injected(text: str, *only: str, read: Any = None, verbs: bool = False) -> Outcome:
     """On a host whose engine doesn't answer."""
-    return inject_stack(text, "stack.yml", Engine(Path("/nonexistent/docker.sock")), only, read)
+    silent = Engine(Path("/nonexistent/docker.sock"))
+    return inject_stack(text, "stack.yml", silent, only, read, verbs=verbs)
 
 
 def services(text: str) -> Any:
@@ -504,6 +506,63 @@ def test_tabs_as_indentation(text: str) -> None:
         injected(text)
 
 
+# --- verbs
+
+
+ALL = (
+    "/run/freeflow/libfreeflow.so:/run/freeflow/verbs/libibverbs.so.1:"
+    "/run/freeflow/verbs/libibverbs.so"
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "value"),
+    [
+        ("{A: x}", ALL),
+        ("{LD_PRELOAD: /own.so}", f"/own.so:{ALL}"),
+        ("[LD_PRELOAD]", "${LD_PRELOAD-}:" + ALL),
+        (f"{{LD_PRELOAD: {PRELOAD}}}", ALL),
+        (f"{{LD_PRELOAD: '{PRELOAD} /own.so'}}", f"{PRELOAD} /own.so:{ALL.partition(':')[2]}"),
+        (f"{{LD_PRELOAD: '{ALL}'}}", None),
+    ],
+)
+def test_verbs(variables: str, value: str | None) -> None:
+    """With --verbs a service preloads all three libraries, each once, after its own; the mount is
+    the same as without, and nothing else is added.
+    """
+    text = (
+        f"services:\n  a:\n    image: x\n    environment: {variables}\n    networks: [n]\n"
+        + NETWORKS
+    )
+    added = services(injected(text, verbs=True).text)["a"]
+    wanted: dict[str, Any] = {"volumes": [MOUNT]}
+    if value is not None:
+        wanted["environment"] = {"LD_PRELOAD": value}
+    assert added == wanted
+
+
+def test_verbs_are_asked_for() -> None:
+    """Without --verbs nothing of verbs is in the second file, nor among the remarks; with it each
+    service with an unknown image is told of musl.
+    """
+    plain = injected(FULL)
+    assert "verbs" not in plain.text + " ".join(plain.notes)
+    notes = injected(FULL, verbs=True).notes
+    assert sum("musl" in note and "/run/freeflow/verbs" in note for note in notes) == 3
+
+
+def test_network_without_verbs() -> None:
+    """A service on a network with verbs: off is told that it has no device there."""
+    text = (
+        "services:\n  a: {image: x, networks: [n, m]}\nnetworks:\n"
+        "  n: {driver: freeflow, driver_opts: {verbs: off}}\n  m: {driver: freeflow}\n"
+    )
+    assert (
+        "a: has no device of verbs on network n: verbs is off" in injected(text, verbs=True).notes
+    )
+    assert not any("has no device" in note for note in injected(text).notes)
+
+
 # --- the command
 
 
@@ -545,3 +604,17 @@ def test_command_that_fails(tmp_path: Path) -> None:
     assert out.read_text() == "mine"
     file.write_text(FULL)
     assert "can't be written" in run(str(file), "-o", str(tmp_path / "no/where")).stderr
+
+
+def test_command_for_an_image() -> None:
+    """--image prints options which a shell can take from the command; remarks go to stderr; it is
+    no option beside those of a stack.
+    """
+    done = run("--image", "x")
+    mount = "--mount type=bind,src=/run/freeflow,dst=/run/freeflow"
+    assert (done.exit_code, done.stdout) == (0, f"{mount} --env LD_PRELOAD={PRELOAD}\n")
+    assert "x: its image was not examined: " in done.stderr
+    assert run("--image", "x", "--verbs").stdout == f"{mount} --env LD_PRELOAD={ALL}\n"
+    for wrong in ((), ("a.yml", "--image", "x"), ("--image", "x", "--service", "a")):
+        assert run(*wrong).exit_code == 2
+        assert run(*wrong).stdout == ""

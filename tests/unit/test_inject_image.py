@@ -21,9 +21,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from driver.errors import InvalidRequest
 from plugin.cli.client import Engine
 from plugin.cli.image import File, Start, judge, start_of
-from plugin.cli.inject import inject_stack
+from plugin.cli.inject import inject_image, inject_stack
 from plugin.cli.program import Program, identify
 from plugin.cli.user_files import VARIABLE
 from testbed.patience import patience
@@ -32,9 +33,16 @@ from tests.unit.sockets import served
 MACHINE = os.uname().machine
 
 
-def elf(*, dynamic: bool = True, go: bool = False, machine: int = 62, wide: bool = True) -> bytes:
-    """An ELF file's head with the segments that matter."""
-    note = struct.pack("<III4s8s", 4, 8, 4, b"Go\0\0", b"build-id")
+def elf(
+    *,
+    dynamic: bool = True,
+    go: bool = False,
+    machine: int = 62,
+    wide: bool = True,
+    loader: bytes = b"",
+) -> bytes:
+    """An ELF file's head with the segments that matter; `loader` takes the place of Go's note."""
+    note = loader or struct.pack("<III4s8s", 4, 8, 4, b"Go\0\0", b"build-id")
     size, header = (56, 64) if wide else (32, 52)
     kinds = [1, *([3] if dynamic else []), *([4] if go else [])]
     at = header + size * len(kinds)
@@ -77,7 +85,13 @@ def test_compiled(tmp_path: Path, flag: str, dynamic: bool) -> None:
     subprocess.run(["gcc", flag, "-o", program, source], check=True, timeout=patience(60))
     found = identify(program.read_bytes())
     assert found is not None
-    assert found.dynamic is dynamic
+    assert (found.dynamic, found.musl) == (dynamic, False)
+    # Debian's musl-gcc knows no -static-pie.
+    if shutil.which("musl-gcc") is not None and flag != "-static-pie":
+        subprocess.run(["musl-gcc", flag, "-o", program, source], check=True, timeout=patience(60))
+        found = identify(program.read_bytes())
+        assert found is not None
+        assert (found.dynamic, found.musl) == (dynamic, dynamic)
 
 
 @given(st.binary(max_size=200), st.integers(0, 200))
@@ -264,6 +278,41 @@ def test_what_the_image_preloads_stays(tmp_path: Path) -> None:
     """An image's own LD_PRELOAD comes first, since a service's variable replaces it."""
     docker = Docker({"Env": ["LD_PRELOAD=/a$b.so"]}, {})
     assert '"/a$$b.so:/run/freeflow/libfreeflow.so"' in _stack(docker, tmp_path)[0]
+
+
+def test_musl(tmp_path: Path) -> None:
+    """With --verbs a service whose program's loader is musl's also gets a LD_LIBRARY_PATH, after
+    its image's own; one with glibc gets none, and neither without --verbs.
+    """
+    native = {"x86_64": 62, "aarch64": 183}.get(MACHINE, 0)
+    for loader, musl in ((b"/lib/ld-musl-x.so.1", True), (b"/lib64/ld-linux.so.2", False)):
+        head = elf(machine=native, loader=loader)
+        config = {"Cmd": ["/p"], "Env": ["LD_LIBRARY_PATH=/cuda", "LD_PRELOAD=/a.so /b.so"]}
+        docker = Docker(config, {"/p": File(head=head)})
+        for verbs in (True, False):
+            with served(docker, tmp_path / "docker.sock") as path:
+                stack = "services: {a: {image: mine, networks: [n]}}\nnetworks: {n: {driver: freeflow}}\n"
+                outcome = inject_stack(stack, "s.yml", Engine(path), verbs=verbs)
+                options = inject_image(Engine(path), "mine", verbs=verbs).text
+            path.unlink()
+            assert outcome.notes == ()
+            wanted = musl and verbs
+            assert ('LD_LIBRARY_PATH: "/cuda:/run/freeflow/verbs"' in outcome.text) == wanted
+            assert ("--env LD_LIBRARY_PATH=/cuda:/run/freeflow/verbs\n" in options) == wanted
+            assert "--env LD_PRELOAD=/a.so:/b.so:/run/freeflow/libfreeflow.so" in options
+
+
+@pytest.mark.parametrize("value", ["/a b", "$HOME/x", "/a;rm", "\x1b[2J"])
+def test_options_that_need_quotes(tmp_path: Path, value: str) -> None:
+    """A variable of an image that a shell would take apart is refused, not printed."""
+    native = {"x86_64": 62, "aarch64": 183}.get(MACHINE, 0)
+    files = {"/p": File(head=elf(machine=native, loader=b"/lib/ld-musl-x.so.1"))}
+    docker = Docker({"Cmd": ["/p"], "Env": [f"LD_LIBRARY_PATH={value}"]}, files)
+    with (
+        served(docker, tmp_path / "docker.sock") as path,
+        pytest.raises(InvalidRequest, match="needs quotes"),
+    ):
+        inject_image(Engine(path), "mine", verbs=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for chroot")

@@ -1,4 +1,4 @@
-"""The library's file in the folder that containers mount."""
+"""The libraries' files in the folder that containers mount."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from plugin.library_file import NAME, OWNER, place
+from plugin.library_file import COMPANION, NAME, OWNER, VERBS, place
 from testbed.patience import within
 
 
@@ -24,9 +24,16 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shipped(tmp_path: Path) -> Path:
-    file = tmp_path / NAME
-    file.write_bytes(b"first")
-    return file
+    made = tmp_path / "shipped"
+    (made / "verbs").mkdir(parents=True)
+    (made / NAME).write_bytes(b"first")
+    (made / VERBS).write_bytes(b"first verbs")
+    (made / COMPANION).write_bytes(b"first companion")
+    return made
+
+
+def all_files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_placed(folder: Path, shipped: Path) -> None:
@@ -34,7 +41,7 @@ def test_placed(folder: Path, shipped: Path) -> None:
     assert place(folder, shipped)
     assert (folder / NAME).read_bytes() == b"first"
     assert (folder / NAME).stat().st_mode & 0o777 == 0o644
-    assert [path.name for path in folder.iterdir()] == [NAME]
+    assert all_files(folder) == [NAME, COMPANION, VERBS]
 
 
 def test_same_is_kept(folder: Path, shipped: Path) -> None:
@@ -50,7 +57,7 @@ def test_old_stays_for_who_has_it(folder: Path, shipped: Path) -> None:
     """An upgrade replaces the file, and not the one that a program has open."""
     place(folder, shipped)
     with (folder / NAME).open("rb") as opened:
-        shipped.write_bytes(b"second")
+        (shipped / NAME).write_bytes(b"second")
         assert place(folder, shipped)
         assert opened.read() == b"first"
     assert (folder / NAME).read_bytes() == b"second"
@@ -59,7 +66,7 @@ def test_old_stays_for_who_has_it(folder: Path, shipped: Path) -> None:
 def test_replaced_in_one_step(folder: Path, shipped: Path) -> None:
     """While the library is replaced, programs open a complete file, old or new."""
     whole = {b"a" * 100_000, b"b" * 200_000}
-    shipped.write_bytes(b"a" * 100_000)
+    (shipped / NAME).write_bytes(b"a" * 100_000)
     place(folder, shipped)
     seen: set[bytes] = set()
     stop = threading.Event()
@@ -73,7 +80,7 @@ def test_replaced_in_one_step(folder: Path, shipped: Path) -> None:
     try:
         for _ in range(50):
             for content in whole:
-                shipped.write_bytes(content)
+                (shipped / NAME).write_bytes(content)
                 assert place(folder, shipped)
     finally:
         stop.set()
@@ -81,13 +88,15 @@ def test_replaced_in_one_step(folder: Path, shipped: Path) -> None:
     assert seen <= whole
 
 
-@pytest.mark.parametrize("left", [f".{NAME}.new", NAME])
+@pytest.mark.parametrize("left", [f".{NAME}.new", NAME, "verbs/.libibverbs.so.1.new", VERBS])
 def test_half_a_file_is_replaced(folder: Path, shipped: Path, left: str) -> None:
     """Leftovers of a killed plugin are replaced."""
+    (folder / "verbs").mkdir()
     (folder / left).write_bytes(b"fi")
     assert place(folder, shipped)
     assert (folder / NAME).read_bytes() == b"first"
-    assert [path.name for path in folder.iterdir()] == [NAME]
+    assert (folder / VERBS).read_bytes() == b"first verbs"
+    assert all_files(folder) == [NAME, COMPANION, VERBS]
 
 
 def test_link_is_not_followed(folder: Path, shipped: Path, tmp_path: Path) -> None:
@@ -98,6 +107,33 @@ def test_link_is_not_followed(folder: Path, shipped: Path, tmp_path: Path) -> No
     assert place(folder, shipped)
     assert not (folder / NAME).is_symlink()
     assert other.read_bytes() == b"other"
+
+
+def test_verbs(folder: Path, shipped: Path) -> None:
+    """Every user can read the libraries of verbs, whatever the plugin's umask; who has an old one
+    open keeps it; each is replaced on its own.
+    """
+    before = os.umask(0o077)
+    try:
+        assert place(folder, shipped)
+    finally:
+        os.umask(before)
+    assert (folder / "verbs").stat().st_mode & 0o777 == 0o755
+    assert [(folder / name).stat().st_mode & 0o777 for name in (VERBS, COMPANION)] == [0o644] * 2
+    inode = (folder / COMPANION).stat().st_ino
+    with (folder / VERBS).open("rb") as opened:
+        (shipped / VERBS).write_bytes(b"second verbs")
+        assert place(folder, shipped)
+        assert opened.read() == b"first verbs"
+    assert (folder / VERBS).read_bytes() == b"second verbs"
+    assert (folder / COMPANION).stat().st_ino == inode
+
+
+def test_without_verbs(folder: Path, shipped: Path) -> None:
+    """A plugin that was built without verbs says so, and installs the library for connections."""
+    (shipped / VERBS).unlink()
+    assert not place(folder, shipped)
+    assert all_files(folder) == [NAME, COMPANION]
 
 
 def test_without_library(folder: Path, tmp_path: Path) -> None:
@@ -123,9 +159,9 @@ def _lease(path: Path) -> bool:
 def test_nobody_delays_a_start(folder: Path, shipped: Path) -> None:
     """No lease that makes each program wait that opens the library can be had on it: not after it
     was replaced, nor after it was found as it was."""
-    assert _lease(shipped)
+    assert _lease(shipped / NAME)
     for content in (b"first", b"second"):
-        shipped.write_bytes(content)
+        (shipped / NAME).write_bytes(content)
         for _ in range(2):
             assert place(folder, shipped)
             assert not _lease(folder / NAME)

@@ -14,8 +14,7 @@ from driver.errors import EngineError
 from driver.model import Network, NetworkView
 from driver.vip_table import NetworkState
 from plugin.admin import create_admin
-from plugin.cli.container_check import FOLDER
-from plugin.cli.inject import PRELOAD
+from plugin.cli.preload import FOLDER, PRELOAD
 from plugin.cli.runtime import SETTINGS
 from plugin.host_paths import HostPaths
 from plugin.runtime_networks import (
