@@ -12,7 +12,7 @@ import msgspec
 
 from dataplane.control import RdmaFacts
 from dataplane.errors import DataplaneError
-from driver import names
+from driver import names, options
 from driver.driver import Driver
 from driver.errors import FreeFlowError, SettingError
 from driver.kernel.fastpath import Stage
@@ -231,6 +231,7 @@ class Snapshot:
             ipv6=network.ipv6,
             path=FAST if names.short(network.id) in stage.networks else OVERLAY,
             acceleration=network.acceleration,
+            verbs=network.acceleration and options.verbs(network.options),
             endpoints=[
                 _endpoint(endpoint, containers.get(endpoint.id, ""), counts)
                 for endpoint, counts in endpoints

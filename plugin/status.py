@@ -105,6 +105,8 @@ class NetworkStatus(msgspec.Struct, frozen=True):
     rx_bytes: int = 0
     tx_bytes: int = 0
     spoofed: int = 0
+    verbs: bool = True
+    """Whether containers have a device of verbs on it, unless `VERBS` is off."""
 
 
 class RouterStatus(RouterCounts, frozen=True, kw_only=True):

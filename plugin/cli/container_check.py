@@ -1,23 +1,22 @@
-"""`freeflow doctor CONTAINER`: whether the library is mounted, loaded, and this host's version.
-
-/proc shows the environment of each process and the files that it has mapped. A library that was
-replaced since is another file with the same name.
+"""`freeflow doctor CONTAINER`: whether the library is mounted, loaded, and this host's version; the
+same of our libibverbs, where it was added.
 """
 
 from __future__ import annotations
 
-import os
-import re
+import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+from dataplane.control import VerbsDeviceFact
 from driver.errors import EngineError, FreeFlowError
-from plugin.cli import preload
+from plugin.cli import preload, verbs_check
 from plugin.cli.client import Client, Engine, host_run
 from plugin.cli.doctor import DoctorReport
+from plugin.cli.loaded import File, Loaded, host_file, inspect_process, read_some, some_names
 from plugin.cli.preload import FOLDER, LIBRARY
 from plugin.settings import RESTART
 from plugin.status import Finding, Status
@@ -29,58 +28,7 @@ _WAYS: Final = {
 }
 _OPTIONS: Final = " ".join(preload.options({}))
 
-_MOST_BYTES: Final = 8 << 20
-"""Limit of a file in /proc; the kernel allows 65,530 mappings."""
 _MOST_PROCESSES: Final = 2000
-_MAPPED: Final = re.compile(
-    rf"^\S+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) (\d+) +\S*/{re.escape(LIBRARY)}( \(deleted\))?$",
-    re.MULTILINE,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """One process. `library` is the mapped file's device and inode, None without it."""
-
-    pid: int
-    name: str
-    preloads: bool
-    library: tuple[int, int] | None
-
-
-def _read(path: Path) -> str:
-    """The beginning of a file whose content a container's process controls. Raises OSError."""
-    with path.open("rb") as file:
-        return file.read(_MOST_BYTES).decode(errors="backslashreplace")
-
-
-def inspect_process(pid: int, proc: Path = Path("/proc")) -> Loaded | None:
-    """A process, as the kernel shows it; None if it has ended."""
-    folder = proc / str(pid)
-    try:
-        environment = _read(folder / "environ").split("\0")
-        # A process may give itself any name.
-        name = _read(folder / "comm").strip()
-        mapped = _MAPPED.search(_read(folder / "maps"))
-    except OSError:
-        return None
-    preloads = any(
-        variable.startswith("LD_PRELOAD=") and LIBRARY in variable for variable in environment
-    )
-    library = None
-    if mapped is not None:
-        device = os.makedev(int(mapped[1], 16), int(mapped[2], 16))
-        library = (device, int(mapped[3]))
-    return Loaded(pid, name, preloads, library)
-
-
-def own_library(run: Path) -> tuple[int, int] | None:
-    """The host's library: device and inode; None if there is none."""
-    try:
-        found = (run / "freeflow" / LIBRARY).stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _container(engine: Engine, name: str) -> dict[str, Any] | Finding:
@@ -111,7 +59,7 @@ def mounted_by(container: dict[str, Any], proc: Path) -> str:
     if any(str(mount.get("Destination")).rstrip("/") == FOLDER for mount in mounts):
         return "user"
     try:
-        table = _read(proc / str(container["State"].get("Pid")) / "mountinfo")
+        table = read_some(proc / str(container["State"].get("Pid")) / "mountinfo")
     except OSError:
         return ""
     fields = (line.split(" ") for line in table.splitlines())
@@ -174,14 +122,7 @@ def check_network(name: str, status: Status) -> Iterator[Finding]:
         )
 
 
-def _names(processes: Iterable[Loaded]) -> str:
-    found = sorted({process.name for process in processes})
-    return ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
-
-
-def check_processes(
-    name: str, processes: list[Loaded], own: tuple[int, int] | None
-) -> Iterator[Finding]:
+def check_processes(name: str, processes: list[Loaded], own: File | None) -> Iterator[Finding]:
     """Whether the container's processes have loaded the library, and which."""
     if own is None:
         yield Finding(
@@ -208,7 +149,7 @@ def check_processes(
         yield Finding(
             "warning",
             f"{len(without)} of {len(processes)} processes of {name} can't load the library",
-            f"{_names(without)}: a static or Go program, one with more privileges than its user, or of another "
+            f"{some_names(without)}: a static or Go program, one with more privileges than its user, or of another "
             "architecture",
             "nothing can be done: their connections stay on the overlay",
         )
@@ -217,47 +158,61 @@ def check_processes(
         yield Finding(
             "warning",
             f"{len(old)} of {len(processes)} processes of {name} run with another library than this host's",
-            f"{_names(old)}: started before the plugin was upgraded; it works, but its peers may be ahead",
+            f"{some_names(old)}: started before the plugin was upgraded; it works, but its peers may be ahead",
             f"docker restart {name}",
         )
+
+
+@dataclass(slots=True)
+class _Examination:
+    """What the checks have found so far."""
+
+    passed: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, what: str, found: Iterable[Finding]) -> None:
+        """`what` is true if a check has found nothing."""
+        before = len(self.findings)
+        self.findings.extend(found)
+        if len(self.findings) == before:
+            self.passed.append(what)
+
+    def report(self) -> DoctorReport:
+        return DoctorReport(self.passed, self.findings, self.notes)
 
 
 def examine_container(
     client: Client, name: str, *, run: Path | None = None, proc: Path = Path("/proc")
 ) -> DoctorReport:
-    """All checks of one container's library."""
+    """All checks of one container's libraries."""
     container = _container(client.engine, name)
     if isinstance(container, Finding):
         return DoctorReport([], [container])
     name = str(container.get("Name", name)).lstrip("/")
-    passed: list[str] = []
-    findings: list[Finding] = []
-
-    def add(what: str, found: Iterable[Finding]) -> None:
-        before = len(findings)
-        findings.extend(found)
-        if len(findings) == before:
-            passed.append(what)
-
+    run = run or host_run()
+    found = _Examination()
     by = mounted_by(container, proc)
-    add(f"{FOLDER} is in the container: {_WAYS.get(by)}", check_mount(name, container, by))
+    found.add(f"{FOLDER} is in the container: {_WAYS.get(by)}", check_mount(name, container, by))
+    processes: list[Loaded] = []
     try:
         processes = _processes(client.engine, name, proc)
     except EngineError as error:
-        findings.append(Finding.of("warning", "not checked: its processes", error))
+        found.findings.append(Finding.of("warning", "not checked: its processes", error))
     else:
         loaded = sum(process.library is not None for process in processes)
         what = f"{loaded} of {len(processes)} processes have this host's library"
-        add(what, check_processes(name, processes, own_library(run or host_run())))
+        found.add(what, check_processes(name, processes, host_file(run, preload.PRELOAD)))
     try:
         status = client.status()
     except FreeFlowError as error:
-        findings.append(Finding.of("error", "the plugin is not running", error))
-        return DoctorReport(passed, findings)
-    add("a network of it is accelerated", check_network(name, status))
+        found.findings.append(Finding.of("error", "the plugin is not running", error))
+        return found.report()
+    found.add("a network of it is accelerated", check_network(name, status))
+    _examine_verbs(client, found, name, processes, status, run)
     router = status.router
     if router is None or not router.up:
-        findings.append(
+        found.findings.append(
             Finding(
                 "warning",
                 "the router does not answer; new connections stay on the overlay",
@@ -267,8 +222,30 @@ def examine_container(
         )
     for share in router.containers if router is not None else ():
         if share.container == name:
-            passed.append(
+            found.passed.append(
                 f"the router knows {share.processes} of its processes, "
                 f"{share.connections} connections on shm, {share.waiting} waiting for their peers"
             )
-    return DoctorReport(passed, findings)
+    return found.report()
+
+
+def _examine_verbs(
+    client: Client,
+    found: _Examination,
+    name: str,
+    processes: list[Loaded],
+    status: Status,
+    run: Path,
+) -> None:
+    """Our libibverbs, where it was added; elsewhere a note on another one, if there is one."""
+    devices: list[VerbsDeviceFact] = []
+    if verbs_check.have_verbs(processes):
+        loaded = sum(process.verbs is not None for process in processes)
+        what = f"{loaded} of {len(processes)} processes have this host's libibverbs"
+        own, companion = (host_file(run, path) for path in preload.VERBS)
+        found.add(what, verbs_check.check_libraries(name, processes, own, companion))
+        found.add("a network of it has verbs", verbs_check.check_verbs_on(name, status))
+        # The router's answer; without it a finding says so.
+        with contextlib.suppress(FreeFlowError):
+            devices = [device for device in client.verbs().devices if device.container == name]
+    found.notes += verbs_check.notes(processes, devices)

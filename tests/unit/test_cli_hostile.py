@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from driver.errors import EngineError, InvalidRequest
-from plugin.cli import container_check, image, show, terminal
+from plugin.cli import container_check, image, loaded, show, terminal
 from plugin.cli.client import Engine
 from plugin.cli.commands import cli
 from plugin.cli.inject import inject_stack

@@ -14,8 +14,9 @@ import pytest
 from dataplane.control import Connections, VerbsObjects
 from plugin.admin import create_admin
 from plugin.cli.client import Client, Engine
-from plugin.cli.container_check import examine_container, inspect_process, own_library
+from plugin.cli.container_check import examine_container
 from plugin.cli.doctor import DoctorReport
+from plugin.cli.loaded import host_file, inspect_process
 from plugin.cli.preload import LIBRARY
 from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import Status
@@ -24,6 +25,9 @@ from tests.unit.sockets import engine, served
 from tests.unit.statuses import LISTED, LISTED_VERBS, network, status
 
 NAME = "web.1.abc"
+OURS = ("/run/freeflow/verbs/libibverbs.so.1", "/run/freeflow/verbs/libibverbs.so")
+ASKS = "".join(f":{name}" for name in OURS)
+STOCK = "/usr/lib/x86_64-linux-gnu/libibverbs.so.1.14.44.0"
 MOUNTS = [{"Destination": "/run/freeflow", "Source": "/run/freeflow"}]
 
 
@@ -36,6 +40,9 @@ class World:
         (self.run / "freeflow").mkdir(parents=True)
         self.library = self.run / "freeflow" / LIBRARY
         self.library.write_bytes(b"elf")
+        (self.run / "freeflow/verbs").mkdir()
+        for name in OURS:
+            (self.run / name.removeprefix("/run/")).write_bytes(b"verbs")
         self.status: Status | None = status()
         self.container: dict[str, Any] = {
             "Name": f"/{NAME}",
@@ -46,21 +53,34 @@ class World:
         self.process(71)
 
     def process(
-        self, pid: int, *, preload: bool = True, library: Path | None = None, name: str = ""
+        self,
+        pid: int,
+        *,
+        preload: bool = True,
+        library: Path | None = None,
+        name: str = "",
+        verbs: str = "",
+        mapped: tuple[str, ...] = (),
+        path: str = "",
     ) -> None:
-        """A process, with the host's library if nothing else is said."""
+        """A process, with the host's library if nothing else is said.
+
+        `verbs` stands behind the library in LD_PRELOAD, `path` is LD_LIBRARY_PATH. Of `mapped`
+        files those below /run are the host's.
+        """
         folder = self.proc / str(pid)
         folder.mkdir(parents=True)
-        variable = b"LD_PRELOAD=/run/freeflow/libfreeflow.so\0" if preload else b""
-        (folder / "environ").write_bytes(b"PATH=/bin\0" + variable)
+        variables = [b"PATH=/bin", f"LD_LIBRARY_PATH={path}".encode()]
+        if preload:
+            variables.append(f"LD_PRELOAD=/run/freeflow/libfreeflow.so{verbs}".encode())
+        (folder / "environ").write_bytes(b"\0".join(variables) + b"\0")
         (folder / "comm").write_text(f"{name or f'p{pid}'}\n")
         lines = ["55d0-55d1 r-xp 00000000 08:01 42                         /bin/p"]
-        found = (library or self.library).stat() if library is None or library.exists() else None
-        if found is not None:
-            device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
-            lines.append(
-                f"7f00-7f01 r-xp 00000000 {device} {found.st_ino}     /run/freeflow/libfreeflow.so"
-            )
+        own = library or self.library
+        if library is None or library.exists():
+            lines.append(_line("/run/freeflow/libfreeflow.so", own))
+        for file in mapped:
+            lines.append(_line(file, self.run / file.removeprefix("/run/")))
         (folder / "maps").write_text("\n".join(lines) + "\n")
         self.pids.append(pid)
 
@@ -91,6 +111,15 @@ class World:
 
     def said(self) -> list[str]:
         return [finding.what for finding in self.report().findings]
+
+
+def _line(path: str, file: Path) -> str:
+    """A line of /proc/PID/maps; a file that isn't there has numbers that no file has."""
+    device = inode = 0
+    if file.exists():
+        device, inode = file.stat().st_dev, file.stat().st_ino
+    numbers = f"{os.major(device):02x}:{os.minor(device):02x} {inode}"
+    return f"7f00-7f01 r-xp 00000000 {numbers}     {path}"
 
 
 def _connections() -> Connections:
@@ -227,6 +256,101 @@ def test_no_router(world: World) -> None:
     assert world.said() == ["the router does not answer; new connections stay on the overlay"]
 
 
+def only_with(world: World, **process: Any) -> DoctorReport:
+    """The report of a container with one process like that."""
+    world.pids.clear()
+    world.process(72, **process)
+    return world.report()
+
+
+def test_verbs(world: World) -> None:
+    """A container whose processes have our libibverbs passes, and its devices are noted."""
+    report = only_with(world, verbs=ASKS, mapped=OURS)
+    assert report.findings == []
+    assert "1 of 1 processes have this host's libibverbs" in report.passed
+    assert "a network of it has verbs" in report.passed
+    assert report.notes == [
+        "process 4711 has a device of verbs with 10.0.4.7, fd00::7, and 2 queue pairs"
+    ]
+
+
+def test_without_verbs(world: World) -> None:
+    """A container without verbs has nothing wrong; if a process of it uses the image's libibverbs,
+    a note says so.
+    """
+    report = world.report()
+    assert (report.findings, report.notes) == ([], [])
+    assert not any("verbs" in line for line in report.passed)
+    report = only_with(world, mapped=(STOCK,))
+    assert report.findings == []
+    (note,) = report.notes
+    assert note.startswith(
+        f"verbs are not added; 1 of 1 processes use another libibverbs ({STOCK})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("process", "what", "cause"),
+    [
+        ({"verbs": ASKS}, "processes of NAME have not loaded our libibverbs", "no libibverbs is"),
+        ({"verbs": ASKS, "mapped": (STOCK,)}, "have not loaded our libibverbs", f"{STOCK} is"),
+        ({"verbs": ASKS, "mapped": (*OURS, STOCK)}, "have two libibverbs", STOCK),
+        ({"verbs": ASKS, "mapped": OURS[:1]}, "lack the companion of our libibverbs", "of the image"),
+        (
+            {"verbs": ASKS, "mapped": OURS, "library": Path("/nonexistent")},
+            "processes of NAME lack libfreeflow.so",
+            "no device",
+        ),
+    ],
+)  # fmt: skip
+def test_which_libibverbs_wins(
+    world: World, process: dict[str, Any], what: str, cause: str
+) -> None:
+    """A process with another libibverbs than ours, with both, or with a part of ours, is named."""
+    found = [
+        finding
+        for finding in only_with(world, **process).findings
+        if what.replace("NAME", NAME) in finding.what
+    ]
+    (finding,) = found
+    assert finding.what.startswith("1 of 1 ")
+    assert "p72" in finding.cause
+    assert cause in finding.cause
+
+
+def test_older_libibverbs(world: World) -> None:
+    """A process that mapped a libibverbs which was replaced since is found by its file."""
+    world.process(72, verbs=ASKS, mapped=OURS)
+    file = world.run / "freeflow/verbs/libibverbs.so.1"
+    # The old file has to be there still, or the new one may get its number.
+    file.rename(world.directory / "older")
+    file.write_bytes(b"new")
+    (finding,) = world.report().findings
+    assert finding.what.startswith(f"1 of 2 processes of {NAME} run with another libibverbs")
+    file.unlink()
+    assert world.said() == ["this host has no /run/freeflow/verbs/libibverbs.so.1"]
+
+
+def test_verbs_that_are_off(world: World) -> None:
+    """A network or a host without verbs is found, where verbs were added."""
+    world.status = status(networks=[network(verbs=False)])
+    assert world.said() == []
+    world.process(72, verbs=ASKS, mapped=OURS)
+    assert world.said() == [f"verbs are off on all networks of {NAME}"]
+    world.status = status(settings={"VERBS": "off"})
+    assert world.said() == ["verbs are off on this host"]
+
+
+def test_verbs_with_musl(world: World) -> None:
+    """A process of musl without our folder in LD_LIBRARY_PATH is noted."""
+    musl = (*OURS, "/lib/ld-musl-x86_64.so.1")
+    notes = only_with(world, verbs=ASKS, mapped=musl).notes
+    assert any(note.startswith("p72: with musl, ") for note in notes)
+    world.pids.clear()
+    world.process(73, verbs=ASKS, mapped=musl, path="/x:/run/freeflow/verbs")
+    assert not any("musl" in note for note in world.report().notes)
+
+
 def test_a_process_that_ends_meanwhile(world: World) -> None:
     """A process that has ended since the engine listed it is no finding."""
     world.pids.append(99)
@@ -257,7 +381,10 @@ def test_a_real_process(tmp_path: Path) -> None:
         assert process.stdout.readline() == b"ready\n"
         found = inspect_process(process.pid)
         assert found is not None
-        assert (found.preloads, found.library) == (True, own_library(tmp_path))
+        assert (found.preloads, found.library) == (
+            True,
+            host_file(tmp_path, f"/run/freeflow/{LIBRARY}"),
+        )
         (folder / LIBRARY).unlink()
         found = inspect_process(process.pid)
         assert found is not None
