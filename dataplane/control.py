@@ -288,6 +288,10 @@ class VerbsFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Pairs."""
     refused: dict[str, int] = {}
     """Queue pairs that were refused, or told of the end of their peer, by reason's word."""
+    operations: int = 0
+    """That queue pairs have posted and that were executed, as their processes say."""
+    bytes: int = 0
+    """Of these operations."""
 
 
 class RouterCounts(msgspec.Struct, frozen=True, kw_only=True):

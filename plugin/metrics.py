@@ -98,6 +98,14 @@ def _relay_cpu(status: Status) -> list[Sample]:
     return [((name,), seconds) for name, seconds in sorted(relay_cpu(_router(status)).items())]
 
 
+def _container_queue_pairs(status: Status) -> list[Sample]:
+    counts: Counter[str] = Counter()
+    for share in _router(status).containers:
+        if share.queue_pairs:
+            counts[share.container or str(share.namespace)] += share.queue_pairs
+    return [((name,), float(count)) for name, count in sorted(counts.items())]
+
+
 def _links(status: Status) -> list[Sample]:
     hosts = _rdma(status).hosts
     return [
@@ -284,6 +292,34 @@ METRICS: Final = (
             (("waiting",), float(_verbs(status).waiting)),
         ],
         ("state",),
+    ),
+    _gauge(
+        "freeflow_queue_pairs_limit",
+        "Queue pairs that one container may have (VERBS_QPS)",
+        lambda status: (
+            [((), float(status.settings["VERBS_QPS"]))] if "VERBS_QPS" in status.settings else []
+        ),
+    ),
+    _gauge(
+        "freeflow_container_queue_pairs",
+        "Queue pairs of verbs, connected or waiting, by container",
+        _container_queue_pairs,
+        ("container",),
+    ),
+    _gauge(
+        "freeflow_verbs_processes",
+        "Processes that have a device of verbs",
+        _value(lambda status: _verbs(status).processes),
+    ),
+    _counter(
+        "freeflow_verbs_operations",
+        "Operations of queue pairs that were executed, as their processes say",
+        _value(lambda status: _verbs(status).operations),
+    ),
+    _counter(
+        "freeflow_verbs_bytes",
+        "Bytes of these operations",
+        _value(lambda status: _verbs(status).bytes),
     ),
     _counter(
         "freeflow_queue_pairs_paired",

@@ -51,6 +51,8 @@ def counts(verbs: VerbsPairing) -> VerbsFacts:
         queue_pairs=len(verbs.queue_pairs),
         waiting=sum(_waits(record) for record in verbs),
         paired=verbs.counts.paired,
+        operations=verbs.counts.operations,
+        bytes=verbs.counts.bytes,
         refused={reason.word: count for reason, count in verbs.counts.refused.items()},
     )
 

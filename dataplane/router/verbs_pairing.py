@@ -37,6 +37,10 @@ from dataplane.router.verbs_wire import (
 RETURN: Final = 60.0
 """Seconds within which a process tells a new router of its queue pairs; then it counts as gone."""
 
+MOST_GROWTH: Final = 1 << 40
+"""Operations, or bytes, that one message of a process adds at most: more than a second has."""
+MOST_COUNTED: Final = (1 << 63) - 1
+
 
 @dataclass(slots=True, eq=False)
 class QueuePairRecord:
@@ -118,6 +122,14 @@ class VerbsCounts:
 
     paired: int = 0
     refused: Counter[Reason] = field(default_factory=Counter)
+    operations: int = 0
+    bytes: int = 0
+
+    def add(self, before: VerbsStatus | None, now: VerbsStatus) -> None:
+        """Count what a queue pair has done between what its process said before and says now."""
+        done = (0, 0) if before is None else (before.operations, before.bytes)
+        self.operations = _sum(self.operations, now.operations - done[0])
+        self.bytes = _sum(self.bytes, now.bytes - done[1])
 
 
 class VerbsPairing:
@@ -312,8 +324,12 @@ class VerbsPairing:
             WrongMessage: the process has not sent V_OPEN.
         """
         record = opened_by(self.processes, process_id).queue_pairs.get(message.qpn)
-        if record is not None:
-            record.status = message
+        if record is None:
+            return
+        # An earlier router has counted what a queue pair did that it paired.
+        if record.status is not None or not record.message.paired:
+            self.counts.add(record.status, message)
+        record.status = message
 
     def sweep(self) -> None:
         """Give up queue pairs of an earlier router whose peer has not come back."""
@@ -364,6 +380,11 @@ class VerbsPairing:
         self.counts.refused[reason] += 1
         refuse = VerbsRefuse(VerbsKind.QUEUE_PAIR, message.request, message.qpn, reason)
         self._registry.outbox.send(process_id, refuse)
+
+
+def _sum(total: int, growth: int) -> int:
+    """A counter that only grows, whatever a process says, and never more than a message can hold."""
+    return min(total + min(max(growth, 0), MOST_GROWTH), MOST_COUNTED)
 
 
 def _why_absent(address: IPAddress, network: KnownNetwork) -> Reason:

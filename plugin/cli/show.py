@@ -83,18 +83,23 @@ def _router(status: Status) -> str:
         f"router {_count(router.processes, 'program')} with the library, "
         f"{_count(router.connections, 'connection')} in {amount(router.memory)} of shared memory, "
         f"{router.waiting} waiting for the other end\n"
-        f"{_verbs(router.verbs)}{_rdma(router.rdma)}{_relay(router.relay)}{_relay_cpu(router)}{_hosts(router.rdma)}"
+        f"{_verbs(router.verbs, status.settings.get('VERBS', 'on'))}{_rdma(router.rdma)}{_relay(router.relay)}{_relay_cpu(router)}{_hosts(router.rdma)}"
     )
 
 
-def _verbs(verbs: VerbsFacts) -> str:
+def _verbs(verbs: VerbsFacts, setting: str) -> str:
     """What uses verbs; empty if nothing does."""
-    if not verbs.processes:
+    if setting == "off":
+        return "verbs off (VERBS=off)\n"
+    if not verbs.processes and not verbs.operations:
         return ""
+    refused = sum(verbs.refused.values())
     return (
         f"verbs {_count(verbs.processes, 'program')} with a device, "
         f"{_count(verbs.queue_pairs - verbs.waiting, 'connected queue pair')}, "
-        f"{verbs.waiting} waiting for the peer\n"
+        f"{verbs.waiting} waiting for the peer, "
+        f"{_count(verbs.operations, 'operation')} of {amount(verbs.bytes)}"
+        f"{f', {refused} refused or ended by the peer' if refused else ''}\n"
     )
 
 

@@ -171,7 +171,7 @@ def status(**fields: Any) -> Status:
         healthy=not fields.get("problems"),
         uptime=12.5,
         host=host(),
-        settings={"SCOPE": "global", "VXLAN_PORT": "4799"},
+        settings={"SCOPE": "global", "VXLAN_PORT": "4799", "VERBS_QPS": "4096"},
         networks=[network()],
         problems=[],
         calls=[CallStatus("Join", 7, 1, 1.5, 20.0)],
@@ -189,7 +189,13 @@ def status(**fields: Any) -> Status:
             noted={"option": 5},
             wrong_messages=7,
             verbs=VerbsFacts(
-                processes=1, queue_pairs=3, waiting=1, paired=4, refused={"remote": 2}
+                processes=1,
+                queue_pairs=3,
+                waiting=1,
+                paired=4,
+                refused={"remote": 2},
+                operations=12,
+                bytes=4096,
             ),
             paths=(
                 PathCount(NET, "overlay", "remote", 1),
@@ -204,6 +210,7 @@ def status(**fields: Any) -> Status:
                     processes=4,
                     waiting=1,
                     connections=2,
+                    queue_pairs=3,
                     memory=24576,
                     builds={"0123abcd": 4},
                 ),

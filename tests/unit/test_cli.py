@@ -144,7 +144,10 @@ def test_well(world: World) -> None:
         "router 4 programs with the library, 1 connection in 24.0 KiB of shared memory, 1 waiting for the other end"
         in lines
     )
-    assert "verbs 1 program with a device, 2 connected queue pairs, 1 waiting for the peer" in lines
+    assert (
+        "verbs 1 program with a device, 2 connected queue pairs, 1 waiting for the peer, "
+        "12 operations of 4.0 KiB, 2 refused or ended by the peer" in lines
+    )
     assert "  peers: host2 192.0.2.2" in lines
     assert "  web      10.0.4.2  all (even)      10.0.4.7, 10.0.4.8" in lines
     assert "  db       dnsrr     -               10.0.4.9" in lines

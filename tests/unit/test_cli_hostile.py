@@ -133,7 +133,7 @@ def _process(folder: Path, name: bytes) -> None:
 def test_names_of_processes(tmp_path: Path, name: bytes) -> None:
     """A process may have any name: doctor inspects it, and shows the name escaped."""
     _process(tmp_path, name)
-    found = container_check.inspect_process(7, tmp_path)
+    found = loaded.inspect_process(7, tmp_path)
     assert found is not None
     assert found.preloads
     (said,) = container_check.check_processes("box", [found], (1, 1))

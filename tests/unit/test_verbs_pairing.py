@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -11,7 +12,7 @@ from dataplane.control import (
     RouterSettings,
 )
 from dataplane.errors import WrongMessage
-from dataplane.router import layout
+from dataplane.router import layout, verbs_listing
 from dataplane.router import library_wire as wire
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.reasons import Reason
@@ -667,3 +668,53 @@ def test_status(world: VerbsWorld) -> None:
     (record,) = [each for each in world.pairing.verbs if each.status is not None]
     assert record.message.type == RC
     assert record.status == VerbsStatus(one.qpn, 3, 6, 8192)
+
+
+def test_sums(world: VerbsWorld) -> None:
+    """What queue pairs have done is summed up, those that have ended included; a queue pair that is
+    reset starts anew.
+    """
+    a, b = world.open(1), world.open(2)
+    one, other = world.pair(a, b)
+    counts = world.pairing.verbs.counts
+    a.status(one, 5, 4096)
+    a.status(one, 6, 8192)
+    b.status(other, 1, 10)
+    assert (counts.operations, counts.bytes) == (7, 8202)
+    a.reset(one)
+    a.status(one, 100, 100)
+    assert (counts.operations, counts.bytes) == (7, 8202)
+    two, _ = world.pair(a, b)
+    a.status(two, 2, 3)
+    assert (counts.operations, counts.bytes) == (9, 8205)
+
+
+def test_sums_of_an_earlier_router() -> None:
+    """What a queue pair did before the router's start is no growth of its counters."""
+    world, (a, b) = restarted(9 * RANGE, 9 * RANGE)
+    one, other = a.create(), b.create()
+    a.ask(one, b, other, paired=True)
+    b.ask(other, a, one, paired=True)
+    a.status(one, 1003, 1004)
+    a.status(one, 1005, 1005)
+    counts = world.pairing.verbs.counts
+    assert (counts.operations, counts.bytes) == (2, 1)
+
+
+def test_a_process_that_lies(world: VerbsWorld) -> None:
+    """Sums never fall, and always fit a message, whatever a process says."""
+    a, b = world.open(1), world.open(2)
+    one, _ = world.pair(a, b)
+    counts = world.pairing.verbs.counts
+    most = (1 << 64) - 1
+    before = 0
+    for operations in (7, 0, most, 3, most, most - 1, most):
+        a.status(one, operations, operations)
+        assert before <= counts.operations == counts.bytes < 1 << 63
+        before = counts.operations
+    assert before <= 3 * (1 << 40) + 7
+    counts.operations = counts.bytes = (1 << 63) - 2
+    a.status(one, 0, 0)
+    a.status(one, most, most)
+    msgspec.msgpack.encode(verbs_listing.counts(world.pairing.verbs))
+    assert counts.bytes == (1 << 63) - 1
