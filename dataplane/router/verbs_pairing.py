@@ -383,7 +383,7 @@ class VerbsPairing:
 
 
 def _sum(total: int, growth: int) -> int:
-    """A counter that only grows, whatever a process says, and never more than a message can hold."""
+    """A counter that only grows, whatever a process says, and fits a message."""
     return min(total + min(max(growth, 0), MOST_GROWTH), MOST_COUNTED)
 
 

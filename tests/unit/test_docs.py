@@ -14,6 +14,7 @@ from bench.latency import Latency
 from bench.machine import Machine
 from bench.report import BenchReport
 from bench.stats import Case, Measured, cross_row
+from dataplane.verbs import symbols
 from tools import commit_subjects, files, pictures, prose
 
 TOP: Final = Path(__file__).parents[2]
@@ -157,6 +158,19 @@ def test_the_list_of_files_is_complete() -> None:
     """docs/files.md lists every source file with its first sentence; `make pictures` writes it."""
     assert files.LIST.read_text() == files.make_list()
     assert not re.findall(r"^\| (\S+) \|  \|$", files.make_list(), re.MULTILINE)
+
+
+def test_what_verbs_lack() -> None:
+    """docs/verbs.md lists each public function of libibverbs that ours has not: the stubs of
+    dataplane/verbs/symbols.txt.
+    """
+    _, found = symbols.read_table(symbols.TABLE.read_text())
+    public = [each for each in found if each.is_default]
+    real = {each.name for each in public if each.kind == symbols.REAL}
+    _, _, text = TEXTS[TOP / "docs/verbs.md"].partition("## What is not supported")
+    table = text.partition("\n## ")[0]
+    lacking = {each.name for each in public} - real
+    assert sorted(re.findall(r"`(_?ibv_\w+)`", table)) == sorted(lacking)
 
 
 @pytest.mark.parametrize(
