@@ -30,6 +30,9 @@ enum {
         SPIN_ONCE = 8,       /* looks between two at the clock */
         SPIN_REST = 8,       /* sleeps without a spin after one in vain, doubled each time up to */
         SPIN_REST_MOST = 256,
+        /* To the router, of what queue pairs have done: */
+        BETWEEN_REPORTS = 1000,
+        REPORTED = 64, /* queue pairs at once, about: the router serves others, too */
 };
 
 /* An arena with queue pairs. */
@@ -146,6 +149,12 @@ struct turn {
         bool no_bell; /* some queue pair can't be armed */
         bool unasked; /* the router does not know of some */
         int visit;    /* ms until the next visit() is due; -1: not for its own sake */
+        /* Of what they have done: */
+        bool tells;       /* the router is to hear of it */
+        uint32_t untold;  /* queue pairs of which it has not */
+        uint32_t reports; /* so far */
+        uint32_t rounds;  /* reports in which all are told of */
+        int64_t reported; /* when the last one was, in ms */
 };
 
 /* Slots of an arena in which something has happened. */
@@ -161,6 +170,18 @@ static uint32_t bells;
 /* An arena has another bell than before, of which its queue pairs don't know. */
 static bool rehung;
 
+/* A router that is not quick to read hears no more this time. */
+static void report(struct queue_pair *queue, struct turn *turn)
+{
+        bool now = turn->tells && queue->plain.qp_base.qp_num % turn->rounds == turn->reports % turn->rounds;
+
+        if (queue_pairer->tell(queue, now))
+                return;
+        /* Those whose bells ring come more than once. */
+        turn->untold = turn->all ? turn->untold + 1 : turn->untold | 1;
+        turn->tells &= !now;
+}
+
 static void go_on(void *owner, void *argument)
 {
         struct queue_pair *queue = owner;
@@ -173,6 +194,7 @@ static void go_on(void *owner, void *argument)
         if (turn->all)
                 turn->unasked |= !queue_pairer->ask_again(queue);
         turn->did |= progress_make(queue, NULL, true);
+        report(queue, turn);
         turn->waits |=
             atomic_load_explicit(&queue->open, memory_order_relaxed) || queue_paired(queue) == QUEUE_ASKED;
 }
@@ -377,7 +399,9 @@ static int patience_of(const struct turn *turn)
                 return WITH_TIMES;
         if (turn->no_bell)
                 return WITHOUT_BELL;
-        return turn->unasked ? WITHOUT_ROUTER : -1;
+        if (turn->unasked)
+                return WITHOUT_ROUTER;
+        return turn->untold ? BETWEEN_REPORTS : -1;
 }
 
 static int visit(void)
@@ -466,6 +490,13 @@ static void go_on_all(struct turn *turn)
         if (turn->no_bell || rehung)
                 share_bells();
         turn->waits = turn->no_bell = false;
+        if (turn->untold && milliseconds() - turn->reported >= BETWEEN_REPORTS) {
+                turn->tells = true;
+                turn->reported = milliseconds();
+                turn->rounds = 1 + turn->untold / REPORTED;
+                turn->reports++;
+        }
+        turn->untold = 0;
         if (turn->unasked)
                 client_open(0);
         turn->unasked = false;
@@ -476,6 +507,7 @@ static void go_on_all(struct turn *turn)
         turn->did |= datagrams_take(NULL, true);
         turn->waits |= datagrams_are_held();
         datagrams_check();
+        turn->tells = false;
         turn->visit = visit();
 }
 

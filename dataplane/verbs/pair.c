@@ -71,6 +71,8 @@ static void ask_by_socket(const struct freeflow_services *here, struct queue_pai
                 return;
         memcpy(wanted.peer_gid.bytes, queue->attributes.ah_attr.grh.dgid.raw, sizeof wanted.peer_gid.bytes);
         queue->asked_for = client_send(&wanted, sizeof wanted, epoch);
+        /* A router that comes after another one knows nothing. */
+        atomic_store_explicit(&queue->told, 0, memory_order_relaxed);
 }
 
 static void ask(struct queue_pair *queue)
@@ -85,6 +87,8 @@ static void ask(struct queue_pair *queue)
         queue->asked_for = false;
         queue->refusals = 0;
         queue->ask_at = queue->wait_end = 0;
+        atomic_store_explicit(&queue->operations, 0, memory_order_relaxed);
+        atomic_store_explicit(&queue->bytes, 0, memory_order_relaxed);
         ask_by_socket(here, queue);
         mutex_release(&asking);
         /* To wait for the answer, and not for ever. */
@@ -143,6 +147,47 @@ static void give_back(const struct freeflow_services *here, struct queue_pair *q
                 agent_leave(&queue->place);
         if (here)
                 here->release(&queue->place);
+}
+
+/* --- what they do --- */
+
+/* The router knows nothing of queue pairs with datagrams but that they are there. */
+static bool is_untold(const struct queue_pair *queue)
+{
+        return !queue_has_datagrams(queue) &&
+               atomic_load_explicit(&queue->operations, memory_order_relaxed) !=
+                   atomic_load_explicit(&queue->told, memory_order_relaxed);
+}
+
+/* By the socket that has asked for it. */
+static void tell_by_socket(const struct freeflow_services *here, struct queue_pair *queue)
+{
+        struct v_status status = {
+            .message = {.kind = V_STATUS, .size = sizeof status},
+            .qpn = queue->plain.qp_base.qp_num,
+            .state = queue_state(queue),
+            .operations = atomic_load_explicit(&queue->operations, memory_order_relaxed),
+            .bytes = atomic_load_explicit(&queue->bytes, memory_order_relaxed),
+        };
+
+        if (queue->asked_for && here->send(&status, sizeof status, queue->asked_by) == 0)
+                atomic_store_explicit(&queue->told, status.operations, memory_order_relaxed);
+}
+
+static bool tell(struct queue_pair *queue, bool now)
+{
+        const struct freeflow_services *here = client_services();
+
+        if (!is_untold(queue) || !here || !atomic_load(&queue->request) ||
+            queue_paired(queue) != QUEUE_PAIRED)
+                return true;
+        if (!now)
+                return false;
+        mutex_take(&asking);
+        if (atomic_load(&queue->request))
+                tell_by_socket(here, queue);
+        mutex_release(&asking);
+        return !is_untold(queue);
 }
 
 /* --- answers --- */
@@ -235,6 +280,12 @@ static void leave(struct queue_pair *queue)
         struct v_end end = {.message = {.kind = V_QUEUE_PAIR_END, .size = sizeof end},
                             .number = queue->plain.qp_base.qp_num};
 
+        if (here) {
+                mutex_take(&asking);
+                if (atomic_load(&queue->request) && is_untold(queue))
+                        tell_by_socket(here, queue);
+                mutex_release(&asking);
+        }
         give_back(here, queue);
         if (!here)
                 return;
@@ -275,7 +326,7 @@ static void retired(void)
 }
 
 static const struct queue_pairer pairer = {
-    .ask = ask, .ask_again = ask_again, .listen = client_receive, .ring = ring, .leave = leave};
+    .ask = ask, .ask_again = ask_again, .tell = tell, .listen = client_receive, .ring = ring, .leave = leave};
 static const struct client_user user = {.handle = handle, .forked = forked, .retired = retired};
 
 static void watch(void)

@@ -110,6 +110,16 @@ static void drop_oldest(struct queue_pair *queue)
         atomic_store_explicit(&queue->open, sends->tail - sends->head, memory_order_relaxed);
 }
 
+/* For lists: a request is executed. */
+static void count(struct queue_pair *queue, const struct send_work *work)
+{
+        uint64_t operations = atomic_load_explicit(&queue->operations, memory_order_relaxed);
+        uint64_t bytes = atomic_load_explicit(&queue->bytes, memory_order_relaxed);
+
+        atomic_store_explicit(&queue->operations, operations + 1, memory_order_relaxed);
+        atomic_store_explicit(&queue->bytes, bytes + work->total, memory_order_relaxed);
+}
+
 void queue_complete_send(struct queue_pair *queue, enum ibv_wc_status status, const struct cq *polled)
 {
         const struct send_work *work = send_at(&queue->sends, queue->sends.head);
@@ -120,6 +130,8 @@ void queue_complete_send(struct queue_pair *queue, enum ibv_wc_status status, co
                             .qp_num = queue->plain.qp_base.qp_num};
         bool told = queue->signal_all || work->flags & IBV_SEND_SIGNALED || status != IBV_WC_SUCCESS;
 
+        if (status == IBV_WC_SUCCESS && !send_is_local(work))
+                count(queue, work);
         drop_oldest(queue);
         queue->since = 0;
         if ((told && !cq_put(queue->send_cq, &wc, false, polled == queue->send_cq)) ||

@@ -88,9 +88,13 @@ struct queue_pair {
         _Atomic uint32_t request; /* the number of what it asks for; 0: nothing */
         uint32_t asked_by;
         bool asked_for;
-        uint32_t refusals;     /* that might have passed */
-        uint64_t ask_at;       /* ns: not again before */
-        uint64_t wait_end;     /* ns: it does not wait for longer; 0: as long as the program does */
+        uint32_t refusals; /* that might have passed */
+        uint64_t ask_at;   /* ns: not again before */
+        uint64_t wait_end; /* ns: it does not wait for longer; 0: as long as the program does */
+        /* Requests of this side that were executed, since it asked, and their bytes. Written under
+         * `sending`. */
+        _Atomic uint64_t operations, bytes;
+        _Atomic uint64_t told; /* of the operations, to the router */
         _Atomic int bell;      /* of whoever waits for it in its arena; -1: nobody can */
         struct drafts *drafts; /* post_ex.h; NULL: programs can't post like that */
 
@@ -138,6 +142,8 @@ struct queue_pairer {
         void (*ask)(struct queue_pair *queue);
         /* Ask again, if the router has lost what it was asked for. False: there is no router. */
         bool (*ask_again)(struct queue_pair *queue);
+        /* Tell the router what it has done, if `now`. False: something is untold. */
+        bool (*tell)(struct queue_pair *queue, bool now);
         /* Take what the router has said. */
         void (*listen)(void);
         /* Something was published in a ring, for those who wait there. */

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from testbed import wait_until
 from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, compile_c
 from tests.verbs.conftest import HEADER
@@ -41,6 +43,17 @@ def free_port() -> int:
 
 def play(library: Path, path: Path, command: Sequence[str]) -> list[str]:
     """What the two processes of a program print."""
+    with playing(library, path, command) as ends:
+        said = [end.communicate(timeout=patience(30))[0] for end in ends]
+    assert [end.returncode for end in ends] == [0, 0], said
+    return said
+
+
+@contextlib.contextmanager
+def playing(
+    library: Path, path: Path, command: Sequence[str]
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """The two processes of a program, which are killed in the end."""
     port = free_port()
     command = [*command, "-p", str(port)]
     ends: list[subprocess.Popen[str]] = []
@@ -60,13 +73,11 @@ def play(library: Path, path: Path, command: Sequence[str]) -> list[str]:
                 assert ends[0].poll() is None, ends[0].communicate()[0]
                 assert time.monotonic() < until
                 time.sleep(0.01)
-        said = [end.communicate(timeout=patience(30))[0] for end in ends]
+        yield ends
     finally:
         for end in ends:
             end.kill()
             end.wait()
-    assert [end.returncode for end in ends] == [0, 0], said
-    return said
 
 
 def check_given_back(router: HandRouter) -> None:
@@ -108,7 +119,43 @@ def test_with_the_real_router(library: Path, tmp_path: Path, options: list[str])
         pytest.skip(f"missing: {PROGRAM} (make setup), {LIBRARY} (make library)")
     with router(tmp_path) as made:
         said = play(library, made.socket, [PROGRAM, "-g", "0", *options])
+
+        # Each side sends 1000 messages of 4096 bytes. The last words of the one that ends second
+        # are lost if the router has something to tell it when it is gone.
+        wait_until("one to be counted", lambda: made.client.statistics().verbs.operations >= 1000)
+        counts = made.client.statistics().verbs
     assert all("iters in" in text for text in said), said
+    assert counts.operations <= 2000
+    assert counts.bytes == counts.operations * 4096
+
+
+@pytest.mark.parametrize("options", [["-n", "100000000"], ["-n", "100000000", "-e"]], ids=" ".join)
+def test_what_queue_pairs_do(library: Path, tmp_path: Path, options: list[str]) -> None:
+    """While programs run, the router hears of what their queue pairs do, not often, and a router
+    that replaces it hears of that, too.
+    """
+    if shutil.which(PROGRAM) is None or not LIBRARY.exists():
+        pytest.skip(f"missing: {PROGRAM} (make setup), {LIBRARY} (make library)")
+    with router(tmp_path) as made:
+
+        def done() -> list[int]:
+            return sorted(each.operations for each in made.client.verbs().queue_pairs)
+
+        with playing(library, made.socket, [PROGRAM, "-g", "0", *options]) as ends:
+            wait_until("both to tell", lambda: len(done()) == 2 and done()[0] > 0, 20, 0.02)
+            changes, before = 0, done()
+            until = time.monotonic() + 3
+            while time.monotonic() < until:
+                now = done()
+                changes += now != before
+                before = now
+                time.sleep(0.02)
+            # Two processes, each once a second at most.
+            assert 1 <= changes <= 8
+            made.restart()
+            wait_until("a new router to hear", lambda: len(done()) == 2 and done()[0] > 0, 20, 0.1)
+            assert made.client.statistics().verbs.operations < min(done())
+            assert [end.poll() for end in ends] == [None, None]
 
 
 @pytest.fixture(scope="module")
