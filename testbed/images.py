@@ -34,7 +34,7 @@ ENGINES: Final = {
 WORKLOAD: Final = (
     "bookworm",
     "redis-server,redis-tools,nginx-light,python3-minimal,iperf3,iproute2,iputils-ping,curl,netcat-openbsd,"
-    "procps,apache2-utils,postgresql,postgresql-contrib",
+    "procps,apache2-utils,postgresql,postgresql-contrib,ibverbs-utils,perftest",
 )
 WORKLOAD_IMAGE: Final = "workload:latest"
 BENCH: Final = (

@@ -1,0 +1,186 @@
+"""RDMA verbs in a Swarm: Debian's programs between two containers of a host, and in a service."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from testbed import Bed, Host, wait_until
+from testbed.images import WORKLOAD_IMAGE
+from testbed.patience import patience
+from tests.swarm.conftest import (
+    address,
+    make_network,
+    make_service,
+    run_container,
+    unique,
+    wait_running,
+)
+
+PORT = 18515
+USER = ("--user", "65534:65534")
+WRITE_LAT = ("ib_write_lat", "-d", "freeflow0", "-x", "0", "-F", "-p", str(PORT))
+PING_PONG = ("ibv_rc_pingpong", "-g", "0", "-p", str(PORT))
+
+
+def options(host: Host) -> list[str]:
+    """What `freeflow inject` adds to a container of the workload image."""
+    said = host.freeflow("inject", "--verbs", "--image", WORKLOAD_IMAGE)
+    return said.splitlines()[-1].split()
+
+
+def queue_pairs(host: Host) -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = json.loads(host.freeflow("connections", "--verbs", "--json"))[
+        "queue_pairs"
+    ]
+    return listed
+
+
+def listens(host: Host, box: str) -> bool:
+    return f":{PORT}" in host.exec(box, "ss", "-Hltn")
+
+
+def measure(host: Host, server: str, client: str, to: str, *command: str) -> str:
+    """Run a program of two halves, and return what the client's prints."""
+    served = host.spawn("docker", "exec", server, *command)
+    try:
+        wait_until("the server to listen", lambda: listens(host, server), 30)
+        said = host.exec(client, *command, to, timeout=120)
+        assert served.wait(patience(30)) == 0
+    finally:
+        served.kill()
+    return said
+
+
+def test_programs_between_two_containers(manager: Host) -> None:
+    """Programs of Debian run unchanged between two containers, as a user without privileges, on an
+    address of the network, over shared memory; the commands show it.
+    """
+    network = make_network(manager)
+    added = options(manager)
+    boxes = [run_container(manager, network, *USER, *added) for _ in range(2)]
+    to = address(manager, boxes[0], network)
+    for box in boxes:
+        devices = manager.exec(box, "ibv_devinfo", "-v")
+        assert "PORT_ACTIVE" in devices
+        assert f"::ffff:{address(manager, box, network)}" in devices
+    said = measure(manager, *boxes, to, *PING_PONG, "-n", "1000", "-c")
+    assert "1000 iters in" in said
+    said = measure(manager, *boxes, to, *PING_PONG, "-n", "1000", "-e")
+    assert "1000 iters in" in said
+    said = measure(manager, *boxes, to, *WRITE_LAT, "-n", "1000")
+    assert said.split("[usec]")[-1].split()[:2] == ["2", "1000"]
+    check_commands(manager, boxes, to)
+
+
+def check_commands(host: Host, boxes: list[str], to: str) -> None:
+    """What the commands show while a program runs."""
+    long = (*PING_PONG, "-n", "100000000", "-e")
+    ends = [host.spawn("docker", "exec", boxes[0], *long)]
+    try:
+        wait_until("the server to listen", lambda: listens(host, boxes[0]), 30)
+        ends.append(host.spawn("docker", "exec", boxes[1], *long, to))
+
+        def both_work() -> bool:
+            found = queue_pairs(host)
+            return len(found) == 2 and all(each["operations"] for each in found)
+
+        wait_until("both queue pairs to work", both_work, 30)
+        found = queue_pairs(host)
+        assert {each["container"] for each in found} == set(boxes)
+        assert [(each["type"], each["path"], each["reason"]) for each in found] == [
+            ("RC", "shm", None)
+        ] * 2
+        report = json.loads(host.freeflow("doctor", boxes[0], "--json", check=False))
+        assert report["findings"] == []
+        assert "a network of it has verbs" in report["passed"]
+        assert any("has a device of verbs with" in note for note in report["notes"])
+        assert "2 connected queue pairs" in host.freeflow("status")
+    finally:
+        for end in ends:
+            end.kill()
+        for box in boxes:
+            host.exec(box, "pkill", "-f", "ibv_rc_pingpong", check=False)
+    wait_until("the queue pairs to end", lambda: not queue_pairs(host), 30)
+
+
+def test_without_verbs(manager: Host) -> None:
+    """A container with the library alone finds no device, and nor does one on a network without
+    verbs.
+    """
+    network, other = make_network(manager), make_network(manager, "-o", "verbs=off")
+    added = options(manager)
+    plain = [word.partition(":/run/freeflow/verbs")[0] for word in added]
+    assert plain != added
+    for box in (
+        run_container(manager, network, *plain),
+        run_container(manager, other, *added),
+    ):
+        assert "freeflow0" not in manager.exec(box, "ibv_devices")
+
+
+@pytest.mark.parametrize("user", [USER], ids=["nobody"])
+def test_service(bed: Bed, manager: Host, user: tuple[str, ...]) -> None:
+    """The tasks of a service have verbs, after it was scaled and updated, too."""
+    network = make_network(manager)
+    place = ("--constraint", f"node.hostname=={manager.name}")
+    serve = " ".join((*PING_PONG, "-n", "100"))
+    client = run_container(manager, network, *user, *options(manager))
+    service = make_service(
+        manager,
+        network,
+        f"while :; do {serve}; done",
+        *(*user, *place, *options(manager)),
+        replicas=1,
+    )
+
+    def tasks() -> list[str]:
+        return manager.docker(
+            "ps", "-q", "--filter", f"label=com.docker.swarm.service.name={service}"
+        ).split()
+
+    def all_serve(count: int) -> bool:
+        found = tasks()
+        return len(found) == count and all(
+            "100 iters in"
+            in manager.exec(
+                client, *PING_PONG, "-n", "100", address(manager, task, network), check=False
+            )
+            for task in found
+        )
+
+    wait_until("the task to serve", lambda: all_serve(1), 60, 0.5)
+    manager.docker("service", "scale", "-d", f"{service}=3")
+    wait_running(manager, service, 3)
+    wait_until("three tasks to serve", lambda: all_serve(3), 60, 0.5)
+    before = set(tasks())
+    manager.docker("service", "update", "-d", "--force", service, timeout=120)
+    wait_until("new tasks", lambda: len(tasks()) == 3 and not before & set(tasks()), 120, 0.5)
+    wait_until("the new tasks to serve", lambda: all_serve(3), 60, 0.5)
+
+
+def test_stack(manager: Host) -> None:
+    """`freeflow inject --verbs` adds verbs to a stack; Docker takes what it prints."""
+    name = unique("stack")
+    text = (
+        'version: "3.8"\nservices:\n  rank:\n'
+        f"    image: {WORKLOAD_IMAGE}\n    command: [sleep, infinity]\n    networks: [n]\n"
+        f"    deploy: {{placement: {{constraints: [node.hostname == {manager.name}]}}}}\n"
+        "networks:\n  n: {driver: 'freeflow:latest', attachable: true}\n"
+    )
+    folder = "/root/verbs"
+    manager.run("sh", "-c", f"mkdir -p {folder} && cat >{folder}/stack.yml", stdin=text)
+    manager.run("sh", "-c", f"freeflow inject --verbs {folder}/stack.yml -o {folder}/verbs.yml")
+    manager.docker(
+        *("stack", "deploy", "-c", f"{folder}/stack.yml", "-c", f"{folder}/verbs.yml", name)
+    )
+    try:
+        wanted = f"label=com.docker.swarm.service.name={name}_rank"
+        box = wait_until(
+            "the task", lambda: manager.docker("ps", "-q", "--filter", wanted).strip(), 60
+        )
+        assert "freeflow0" in manager.exec(box, "ibv_devices")
+    finally:
+        manager.docker("stack", "rm", name)
