@@ -1,8 +1,8 @@
 """What a container needs to load the libraries: a mount, and variables of its loader.
 
 The libraries are preloaded, because so they also stand before those that an image has itself. musl
-asks for a library by its path, even if one of that name is preloaded (ldso/dynlink.c,
-load_library): there a program that opens libibverbs at run time finds ours by LD_LIBRARY_PATH.
+searches for a library of a name even if one is preloaded (ldso/dynlink.c, load_library), and would
+load the image's own beside ours. There LD_LIBRARY_PATH leads the search to ours.
 """
 
 from __future__ import annotations

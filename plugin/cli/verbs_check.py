@@ -37,8 +37,8 @@ def notes(processes: Sequence[Loaded], devices: Sequence[VerbsDeviceFact]) -> It
     lacking = [process for process in processes if process.asks_verbs and process.lacks_path]
     if lacking:
         yield (
-            f"{some_names(lacking)}: with musl, a program that opens libibverbs at run time finds ours only with "
-            f"{preload.VERBS_FOLDER} in LD_LIBRARY_PATH"
+            f"{some_names(lacking)}: musl loads the image's libibverbs beside ours, unless "
+            f"{preload.VERBS_FOLDER} is in LD_LIBRARY_PATH"
         )
     if not devices:
         yield "no program has asked for a device of verbs yet"

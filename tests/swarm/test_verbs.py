@@ -118,7 +118,8 @@ def test_without_verbs(manager: Host) -> None:
         run_container(manager, network, *plain),
         run_container(manager, other, *added),
     ):
-        assert "freeflow0" not in manager.exec(box, "ibv_devices")
+        # Debian's own fails where the kernel has no RDMA.
+        assert "freeflow0" not in manager.exec(box, "ibv_devices", check=False)
 
 
 @pytest.mark.parametrize("user", [USER], ids=["nobody"])
