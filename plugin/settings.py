@@ -239,6 +239,7 @@ class Settings:
         _SWITCH,
         "on",
         "`off`: programs in containers find no device for RDMA verbs",
+        details="See [RDMA verbs](verbs.md).",
     )
     session_port: int | None = _setting(
         _optional(_PORT),
