@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def listens(host: Host, box: str) -> bool:
 
 def measure(host: Host, server: str, client: str, to: str, *command: str) -> str:
     """Run a program of two halves, and return what the client's prints."""
-    served = host.spawn("docker", "exec", server, *command)
+    served = host.spawn("docker", "exec", server, *command, stdout=subprocess.DEVNULL)
     try:
         wait_until("the server to listen", lambda: listens(host, server), 30)
         said = host.exec(client, *command, to, timeout=120)
@@ -78,10 +79,10 @@ def test_programs_between_two_containers(manager: Host) -> None:
 def check_commands(host: Host, boxes: list[str], to: str) -> None:
     """What the commands show while a program runs."""
     long = (*PING_PONG, "-n", "100000000", "-e")
-    ends = [host.spawn("docker", "exec", boxes[0], *long)]
+    ends = [host.spawn("docker", "exec", boxes[0], *long, stdout=subprocess.DEVNULL)]
     try:
         wait_until("the server to listen", lambda: listens(host, boxes[0]), 30)
-        ends.append(host.spawn("docker", "exec", boxes[1], *long, to))
+        ends.append(host.spawn("docker", "exec", boxes[1], *long, to, stdout=subprocess.DEVNULL))
 
         def both_work() -> bool:
             found = queue_pairs(host)

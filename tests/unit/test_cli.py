@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from flask import Flask
 
-from dataplane.control import Connections, ContainerCounts, PathCount, VerbsObjects
+from dataplane.control import Connections, ContainerCounts, PathCount, VerbsFacts, VerbsObjects
 from driver.balance import HERE, NONE_HERE
 from driver.errors import InvalidRequest, NotFound
 from plugin.admin import create_admin
@@ -407,6 +407,23 @@ def test_verbs(world: World) -> None:
     found = world.json("connections", "--verbs")
     assert [each["qpn"] for each in found["queue_pairs"]] == [0x5001, 0x5000]
     assert found["devices"][0]["guid"] == "024646ff0a000407"
+
+
+def test_verbs_in_status(world: World) -> None:
+    """Status has a line about verbs where they are used or off, and none elsewhere."""
+
+    def lines(verbs: VerbsFacts, **settings: str) -> list[str]:
+        world.status = status(settings=settings, router=RouterStatus(up=True, verbs=verbs))
+        return [line for line in world.run("status").output.splitlines() if "verbs" in line]
+
+    assert lines(VerbsFacts()) == []
+    assert lines(VerbsFacts(), VERBS="off") == ["verbs off (VERBS=off)"]
+    assert lines(VerbsFacts(paired=1, operations=3, bytes=2048), VERBS="on") == [
+        "verbs 0 programs with a device, 0 connected queue pairs, 0 waiting for the peer, "
+        "3 operations of 2.0 KiB"
+    ]
+    found = world.json("status")["router"]["verbs"]
+    assert (found["operations"], found["bytes"], found["refused"]) == (3, 2048, {})
 
 
 def test_no_verbs(world: World) -> None:
