@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from plugin.library_file import COMPANION, NAME, OWNER, VERBS, place
+from plugin.library_file import COMPANION, NAME, OWNER, SHIPPED, VERBS, place
 from testbed.patience import within
 
 
@@ -127,6 +127,18 @@ def test_verbs(folder: Path, shipped: Path) -> None:
         assert opened.read() == b"first verbs"
     assert (folder / VERBS).read_bytes() == b"second verbs"
     assert (folder / COMPANION).stat().st_ino == inode
+
+
+def test_names_of_the_image() -> None:
+    """The image has the libraries by the names by which the plugin looks for them."""
+    top = Path(__file__).parents[2]
+    script = (top / "plugin/image/build-dataplane.sh").read_text()
+    assert all(f'"$folder/{name}"' in script for name in (NAME, VERBS))
+    # Where the library of verbs is built its companion is, too.
+    assert f"$folder/{Path(COMPANION).name}" in (top / "dataplane/verbs/build.sh").read_text()
+    for recipe in ("rootfs.sh", "from-docker.sh"):
+        text = (top / "plugin/image" / recipe).read_text()
+        assert f'build-dataplane.sh" "$output/rootfs{SHIPPED}"' in text
 
 
 def test_without_verbs(folder: Path, shipped: Path) -> None:

@@ -144,6 +144,9 @@ def test_without_verbs(made: NamespaceBed) -> None:
     done = a.run(command("ibv_devices", verbs=False), accelerated=False, check=False)
     assert "freeflow0" not in done.stdout
     assert "freeflow0" in a.run(command("ibv_devices"), accelerated=False).stdout
+    off = {"FREEFLOW": "off"}
+    done = a.run(command("ibv_devices"), accelerated=False, check=False, env=off)
+    assert "freeflow0" not in done.stdout
     sleeping: Any = a.popen(command("sleep", "1000", verbs=False), accelerated=False)
 
     def processes() -> list[Loaded]:
