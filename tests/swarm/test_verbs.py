@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tests.swarm.conftest import (
     wait_running,
 )
 
+README = Path(__file__).parents[2] / "README.md"
 PORT = 18515
 USER = ("--user", "65534:65534")
 WRITE_LAT = ("ib_write_lat", "-d", "freeflow0", "-x", "0", "-F", "-p", str(PORT))
@@ -41,6 +44,13 @@ def queue_pairs(host: Host) -> list[dict[str, Any]]:
 
 def listens(host: Host, box: str) -> bool:
     return f":{PORT}" in host.exec(box, "ss", "-Hltn")
+
+
+def latency(said: str) -> float:
+    """The typical latency, in microseconds, of 1000 messages of 2 bytes that perftest measured."""
+    columns = said.rpartition("[usec]")[2].split()
+    assert columns[:2] == ["2", "1000"], said
+    return float(columns[4])
 
 
 def measure(host: Host, server: str, client: str, to: str, *command: str) -> str:
@@ -71,9 +81,28 @@ def test_programs_between_two_containers(manager: Host) -> None:
     assert "1000 iters in" in said
     said = measure(manager, *boxes, to, *PING_PONG, "-n", "1000", "-e")
     assert "1000 iters in" in said
-    said = measure(manager, *boxes, to, *WRITE_LAT, "-n", "1000")
-    assert said.split("[usec]")[-1].split()[:2] == ["2", "1000"]
+    assert latency(measure(manager, *boxes, to, *WRITE_LAT, "-n", "1000")) > 0
     check_commands(manager, boxes, to)
+
+
+def test_the_commands_of_the_readme(manager: Host) -> None:
+    """README's commands, typed one after the other, measure between two containers."""
+    section = README.read_text().partition("\n## RDMA programs\n")[2].partition("\n## ")[0]
+    build, typed = re.findall(r"```console\n(.*?)```", section, re.DOTALL)
+    image = build.split()[3]
+    alias, *commands = typed.splitlines()
+    network = make_network(manager)
+    alias = alias.replace("--network n ", f"--network {network} ")
+    assert network in alias
+    manager.docker("tag", WORKLOAD_IMAGE, image)
+    said = []
+    for command in commands:
+        said.append(manager.run("sh", "-s", stdin=f"{alias}\n{command}\n", timeout=120))
+        if " -d " in command:
+            wait_until("the server to listen", lambda: listens(manager, "server"), 30)
+    devices, _, measured = said
+    assert "PORT_ACTIVE" in devices
+    assert latency(measured) > 0
 
 
 def check_commands(host: Host, boxes: list[str], to: str) -> None:
