@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from testbed import Bed, Host, wait_until
+from testbed import Host, wait_until
 from testbed.images import WORKLOAD_IMAGE
 from testbed.patience import patience
 from tests.swarm.conftest import (
@@ -25,6 +25,8 @@ from tests.swarm.conftest import (
 README = Path(__file__).parents[2] / "README.md"
 PORT = 18515
 USER = ("--user", "65534:65534")
+Box = tuple[Host, str]
+"""A container: its host, and its name."""
 WRITE_LAT = ("ib_write_lat", "-d", "freeflow0", "-x", "0", "-F", "-p", str(PORT))
 PING_PONG = ("ibv_rc_pingpong", "-g", "0", "-p", str(PORT))
 
@@ -42,8 +44,14 @@ def queue_pairs(host: Host) -> list[dict[str, Any]]:
     return listed
 
 
-def listens(host: Host, box: str) -> bool:
-    return f":{PORT}" in host.exec(box, "ss", "-Hltn")
+def listens(box: Box) -> bool:
+    host, name = box
+    return f":{PORT}" in host.exec(name, "ss", "-Hltn")
+
+
+def spawn(box: Box, *command: str) -> subprocess.Popen[str]:
+    host, name = box
+    return host.spawn("docker", "exec", name, *command, stdout=subprocess.DEVNULL)
 
 
 def latency(said: str) -> float:
@@ -53,12 +61,13 @@ def latency(said: str) -> float:
     return float(columns[4])
 
 
-def measure(host: Host, server: str, client: str, to: str, *command: str) -> str:
+def measure(server: Box, client: Box, to: str, *command: str) -> str:
     """Run a program of two halves, and return what the client's prints."""
-    served = host.spawn("docker", "exec", server, *command, stdout=subprocess.DEVNULL)
+    served = spawn(server, *command)
     try:
-        wait_until("the server to listen", lambda: listens(host, server), 30)
-        said = host.exec(client, *command, to, timeout=120)
+        wait_until("the server to listen", lambda: listens(server), 30)
+        host, name = client
+        said = host.exec(name, *command, to, timeout=120)
         assert served.wait(patience(30)) == 0
     finally:
         served.kill()
@@ -71,18 +80,18 @@ def test_programs_between_two_containers(manager: Host) -> None:
     """
     network = make_network(manager)
     added = options(manager)
-    boxes = [run_container(manager, network, *USER, *added) for _ in range(2)]
-    to = address(manager, boxes[0], network)
+    boxes = [(manager, run_container(manager, network, *USER, *added)) for _ in range(2)]
+    to = address(*boxes[0], network)
     for box in boxes:
-        devices = manager.exec(box, "ibv_devinfo", "-v")
+        devices = manager.exec(box[1], "ibv_devinfo", "-v")
         assert "PORT_ACTIVE" in devices
-        assert f"::ffff:{address(manager, box, network)}" in devices
-    said = measure(manager, *boxes, to, *PING_PONG, "-n", "1000", "-c")
+        assert f"::ffff:{address(*box, network)}" in devices
+    said = measure(boxes[0], boxes[1], to, *PING_PONG, "-n", "1000", "-c")
     assert "1000 iters in" in said
-    said = measure(manager, *boxes, to, *PING_PONG, "-n", "1000", "-e")
+    said = measure(boxes[0], boxes[1], to, *PING_PONG, "-n", "1000", "-e")
     assert "1000 iters in" in said
-    assert latency(measure(manager, *boxes, to, *WRITE_LAT, "-n", "1000")) > 0
-    check_commands(manager, boxes, to)
+    assert latency(measure(boxes[0], boxes[1], to, *WRITE_LAT, "-n", "1000")) > 0
+    check_commands(boxes, to)
 
 
 def test_the_commands_of_the_readme(manager: Host) -> None:
@@ -99,40 +108,48 @@ def test_the_commands_of_the_readme(manager: Host) -> None:
     for command in commands:
         said.append(manager.run("sh", "-s", stdin=f"{alias}\n{command}\n", timeout=120))
         if " -d " in command:
-            wait_until("the server to listen", lambda: listens(manager, "server"), 30)
+            wait_until("the server to listen", lambda: listens((manager, "server")), 30)
     devices, _, measured = said
     assert "PORT_ACTIVE" in devices
     assert latency(measured) > 0
 
 
-def check_commands(host: Host, boxes: list[str], to: str) -> None:
-    """What the commands show while a program runs."""
+@contextmanager
+def working(boxes: list[Box], to: str) -> Iterator[None]:
+    """A program that exchanges messages between two containers."""
     long = (*PING_PONG, "-n", "100000000", "-e")
-    ends = [host.spawn("docker", "exec", boxes[0], *long, stdout=subprocess.DEVNULL)]
+    ends = [spawn(boxes[0], *long)]
     try:
-        wait_until("the server to listen", lambda: listens(host, boxes[0]), 30)
-        ends.append(host.spawn("docker", "exec", boxes[1], *long, to, stdout=subprocess.DEVNULL))
+        wait_until("the server to listen", lambda: listens(boxes[0]), 30)
+        ends.append(spawn(boxes[1], *long, to))
 
         def both_work() -> bool:
-            found = queue_pairs(host)
+            found = [each for host in {host for host, _ in boxes} for each in queue_pairs(host)]
             return len(found) == 2 and all(each["operations"] for each in found)
 
         wait_until("both queue pairs to work", both_work, 30)
+        yield
+    finally:
+        for end in ends:
+            end.kill()
+        for host, name in boxes:
+            host.exec(name, "pkill", "-f", "ibv_rc_pingpong", check=False)
+
+
+def check_commands(boxes: list[Box], to: str) -> None:
+    """What the commands show while a program runs."""
+    host, server = boxes[0]
+    with working(boxes, to):
         found = queue_pairs(host)
-        assert {each["container"] for each in found} == set(boxes)
+        assert {each["container"] for each in found} == {name for _, name in boxes}
         assert [(each["type"], each["path"], each["reason"]) for each in found] == [
             ("RC", "shm", None)
         ] * 2
-        report = json.loads(host.freeflow("doctor", boxes[0], "--json", check=False))
+        report = json.loads(host.freeflow("doctor", server, "--json", check=False))
         assert report["findings"] == []
         assert "a network of it has verbs" in report["passed"]
         assert any("has a device of verbs with" in note for note in report["notes"])
         assert "2 connected queue pairs" in host.freeflow("status")
-    finally:
-        for end in ends:
-            end.kill()
-        for box in boxes:
-            host.exec(box, "pkill", "-f", "ibv_rc_pingpong", check=False)
     wait_until("the queue pairs to end", lambda: not queue_pairs(host), 30)
 
 
@@ -152,18 +169,19 @@ def test_without_verbs(manager: Host) -> None:
         assert "freeflow0" not in manager.exec(box, "ibv_devices", check=False)
 
 
-@pytest.mark.parametrize("user", [USER], ids=["nobody"])
-def test_service(bed: Bed, manager: Host, user: tuple[str, ...]) -> None:
+def test_service(manager: Host) -> None:
     """The tasks of a service have verbs, after it was scaled and updated, too."""
     network = make_network(manager)
     place = ("--constraint", f"node.hostname=={manager.name}")
     serve = " ".join((*PING_PONG, "-n", "100"))
-    client = run_container(manager, network, *user, *options(manager))
+    client = run_container(manager, network, *USER, *options(manager))
     service = make_service(
         manager,
         network,
         f"while :; do {serve}; done",
-        *(*user, *place, *options(manager)),
+        *USER,
+        *place,
+        *options(manager),
         replicas=1,
     )
 
