@@ -107,6 +107,26 @@ def test_programs(made: NamespaceBed, program: tuple[str, ...]) -> None:
     assert [end.returncode for end in ends] == [0, 0], said
 
 
+def test_rdma_cm(made: NamespaceBed) -> None:
+    """So does a program that connects by rdma_cm, with the librdmacm that is there."""
+    if shutil.which("rping") is None:
+        pytest.skip("missing: rping (make setup)")
+    a, b = made.containers.values()
+    words = ("rping", "-a", str(a.ipv4), "-C", "100", "-V")
+    server = start(a, *words, "-s")
+
+    def answered() -> bool:
+        assert server.poll() is None, server.communicate()
+        done = b.run(command(*words, "-c"), accelerated=False, check=False)
+        return done.returncode == 0
+
+    try:
+        wait_until("rping to be answered", answered, 10, 0.05)
+        assert server.wait(patience(10)) == 0
+    finally:
+        server.kill()
+
+
 def test_what_doctor_sees(made: NamespaceBed) -> None:
     """While programs run, doctor finds our libibverbs in them and nothing wrong, and the router
     lists their queue pairs.
