@@ -6,12 +6,14 @@
 #include "requester.h"
 
 #include <endian.h>
+#include <time.h>
 
 enum {
         BATCH = 64,
         BUCKETS = 64,
         LOOKS = 16,              /* of a poll, at peers that were heard lately, and as many at others */
         FOR_RECEIVE = 100000000, /* ns: how long a datagram waits for a receive */
+        FOR_REST = 500000000,    /* ns: how long the end of a queue pair waits for what is not put */
         HOPS = 64,
         NEXT_HEADER = 0x1b, /* of a GRH: a transport header of InfiniBand */
         OTHER_HEADERS = 24, /* bytes of those, and of the check behind */
@@ -466,6 +468,28 @@ void datagrams_make(struct queue_pair *queue, const struct cq *polled, bool wait
 }
 
 /* --- sleeping */
+
+static bool has_more(struct queue_pair *queue)
+{
+        bool more;
+
+        mutex_take(&queue->sending);
+        more = queue->sends.next != queue->sends.tail && queue_state(queue) == IBV_QPS_RTS &&
+               !atomic_load_explicit(&queue->failed, memory_order_relaxed);
+        mutex_release(&queue->sending);
+        return more;
+}
+
+void datagrams_finish(struct queue_pair *queue)
+{
+        const struct timespec pause = {.tv_nsec = 100000};
+        uint64_t until = monotonic() + FOR_REST;
+
+        while (has_more(queue) && monotonic() < until) {
+                sys_2(SYS_nanosleep, &pause, 0);
+                datagrams_make(queue, NULL, true);
+        }
+}
 
 bool datagrams_arm_one(struct datagram_peer *peer)
 {

@@ -19,6 +19,9 @@
 /* The queue pair is made, or about to be destroyed. */
 void datagrams_join(struct queue_pair *queue);
 void datagrams_leave(struct queue_pair *queue);
+/* Before that: wait for a moment until what the program has posted is put. A device would have sent
+ * it long since, and there are programs that don't wait for that. */
+void datagrams_finish(struct queue_pair *queue);
 
 /* Under `sending`: put what can be put. `awaits`: the bell rings once there is room for more. */
 void datagrams_push(struct queue_pair *queue, bool awaits);

@@ -151,6 +151,8 @@ VERB int ibv_destroy_qp(struct ibv_qp *plain)
 
         bool lost = opened_is_lost(plain->context);
 
+        if (!lost && queue_has_datagrams(queue))
+                datagrams_finish(queue);
         progress_leave(queue, lost);
         if (!lost) {
                 if (queue_has_datagrams(queue))

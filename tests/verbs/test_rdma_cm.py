@@ -214,3 +214,20 @@ def test_programs(pair: Containers, name: str) -> None:
         served.communicate()
     else:
         finish(served)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("bound", [True, False])
+def test_groups(pair: Containers, bound: bool) -> None:
+    """Who has joined a group by its address gets what others send to it; without an address of its
+    own, too, though no route leads to the group.
+    """
+    if shutil.which("mckey") is None:
+        pytest.skip("missing: mckey (make setup)")
+    own = [["-b", address] if bound else [] for address in ADDRESSES]
+    member = pair.start(0, "mckey", "-m", "239.0.0.7", *own[0])
+    until = time.monotonic() + patience(20)
+    while member.poll() is None and time.monotonic() < until:
+        # It may not have joined yet.
+        finish(pair.start(1, "mckey", "-m", "239.0.0.7", "-s", *own[1]))
+    assert "data transfers complete" in finish(member)
