@@ -28,7 +28,7 @@ from typing import Final
 
 from dataplane.router import layout
 from dataplane.router.arena_memory import LinuxArenaMemory
-from dataplane.router.relay_wire import COUNTERS, ENCRYPT_MESSAGES
+from dataplane.router.relay_wire import CONNECTION, COUNTERS, ENCRYPT_MESSAGES
 from testbed.descriptors import close_unless_reused
 from testbed.patience import patience
 
@@ -39,7 +39,7 @@ SOCKETS: Final = 4
 """Of a link over TCP."""
 WHOLE: Final = 0
 BROKEN: Final = 1
-VERSION: Final = 4
+VERSION: Final = 5
 RING: Final = 256 << 10
 PATIENCE: Final = 10.0
 
@@ -90,7 +90,7 @@ OUTCOME: Final = struct.Struct("=HHIi96sI")
 OFFER: Final = struct.Struct("=HHIi96sHH128s")
 ACCEPT: Final = struct.Struct("=HHIIHH128s")
 ARENA: Final = struct.Struct("=HHIQQ")
-SLOT: Final = struct.Struct("=HHIIIQQ")
+SLOT: Final = struct.Struct("=HHIIHHQQ")
 FRAME: Final = struct.Struct("=HHI")
 COUNTS: Final = struct.Struct("=HHI24Q")
 USAGE: Final = struct.Struct("=HHIQ11Q")
@@ -328,6 +328,7 @@ class End:
     slot: int = 0
     arena: int = 0
     place: bytes = b""
+    incarnation: int = 0
     rings_relay: socket.socket | None = None
     waits: list[socket.socket] = field(default_factory=list)
     ring: int = RING
@@ -403,13 +404,22 @@ def give_bells(end: End, count: int = 2) -> None:
         rings.close()
 
 
-def place(end: End, link: int = 1) -> Message:
+def place(end: End, link: int = 1, user: int = CONNECTION) -> Message:
     """Have the relay register the end's slot."""
-    incarnation = next(_numbers)
-    LinuxArenaMemory().prepare(end.memory, end.slot, incarnation)
+    end.incarnation = next(_numbers)
+    LinuxArenaMemory().prepare(end.memory, end.slot, end.incarnation)
     end.number = next(_numbers)
     end.relay.raw(
-        SLOT.pack(KINDS["SLOT"], SLOT.size, end.number, link, end.slot, end.arena, incarnation)
+        SLOT.pack(
+            KINDS["SLOT"],
+            SLOT.size,
+            end.number,
+            link,
+            end.slot,
+            user,
+            end.arena,
+            end.incarnation,
+        )
     )
     answer = end.relay.expect("PLACED", number=end.number)
     end.place = answer.words

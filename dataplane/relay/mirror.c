@@ -226,6 +226,7 @@ static struct mirror *make(const struct relay_slot *slot, struct link *link, str
         m->in_bulk = arena_bulk(shared, slot->slot, 1);
         m->transport = link->named;
         m->group = (uint32_t)shared->id;
+        m->queue_pair = slot->user == RELAY_QUEUE_PAIR;
         list_init(&m->same);
         list_init(&m->of_link);
         list_init(&m->queued);

@@ -84,6 +84,7 @@ struct mirror {
         uint32_t expired;              /* how often in a row R_EXPIRE found that it waits for the peer */
         uint32_t sent_flags;           /* enum wire_flag of the last block that was sent */
         uint32_t peer_flags;           /* enum wire_flag of all blocks that have come */
+        bool queue_pair;               /* there is no TCP to fall back to */
         bool block_due;                /* a block has to be sent even if nothing has changed */
         bool report_due;               /* `consumed` has to be sent */
         bool resync;                   /* the position to go on from is not known */

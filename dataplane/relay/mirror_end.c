@@ -30,6 +30,10 @@ void mirror_stop_process(struct mirror *m)
 {
         if (m->stopped || list_holds(&m->stopping))
                 return;
+        if (m->queue_pair) {
+                mirror_break(m);
+                return;
+        }
         atomic_store(&m->out->stop, STOP_REQUESTED);
         /* A sender that waits for room may get none any more: the peer's relay soon reports
          * nothing. */
@@ -42,7 +46,7 @@ void mirror_leave(struct mirror *m)
 {
         if (m->state != MIRROR_PAIRED && m->state != MIRROR_REGISTERED)
                 return;
-        m->leaves = true;
+        m->leaves = !m->queue_pair;
         mirror_stop_process(m);
         mirror_activate(m);
 }

@@ -108,8 +108,11 @@ static bool receive_end(struct mirror *m, const struct wire_block *block)
 
 static void receive_flags(struct mirror *m, uint32_t flags)
 {
-        if (flags & WIRE_READY && !(m->peer_flags & WIRE_READY))
+        if (flags & WIRE_READY && !(m->peer_flags & WIRE_READY)) {
                 atomic_store_explicit(&m->out->ready, 1, memory_order_release);
+                /* A process may have something to send, and wait for that. */
+                arena_wake(m->shared, &m->out->senders, m->slot);
+        }
         m->peer_flags |= flags;
         if (flags & WIRE_LEAVE)
                 mirror_stop_process(m);

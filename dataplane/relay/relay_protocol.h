@@ -26,13 +26,14 @@
  *                                             replaces an older one
  *      R_DISCARD arena                    ->  no answer; all its slots must be dropped
  *      R_SLOT connection, link,           ->
- *             arena, slot                 <-  R_PLACED connection, error, text, place
+ *             arena, slot, user           <-  R_PLACED connection, error, text, place
  *      R_PAIR connection, peer's place    ->
  *                                         <-  R_PAIRED connection, error, text
  *      R_CLOSE connection                 ->  no process of this host has the connection any more
  *                                         <-  R_FINISHED connection, state: the peer has all bytes
  *                                         <-  R_ENDED connection, state: unasked; no more bytes
- *      R_LEAVE connection                 ->  both directions have to fall back to TCP
+ *      R_LEAVE connection                 ->  both directions have to fall back to TCP; a queue
+ *                                             pair breaks
  *                                         <-  R_LEFT connection: the relay is not needed any more
  *      R_DROP connection, state           ->  state RELAY_BROKEN: both ends see a reset
  *                                         <-  R_DROPPED connection: the slot may be used again
@@ -53,7 +54,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RELAY_VERSION 4
+#define RELAY_VERSION 5
 
 enum {
         RELAY_SOCKET = 3,
@@ -188,12 +189,21 @@ struct relay_arena {
         uint64_t owner; /* R_ARENA: number of its process; each has its share of the relay. Otherwise 0 */
 };
 
+/* Who uses a slot. */
+enum relay_user {
+        RELAY_CONNECTION = 0,
+        /* A queue pair of verbs, which has no TCP connection: where one would have to fall back, it
+         * breaks. */
+        RELAY_QUEUE_PAIR = 1,
+};
+
 /* R_SLOT */
 struct relay_slot {
         struct relay_message message;
         uint32_t connection;
         uint32_t link;
-        uint32_t slot;
+        uint16_t slot;
+        uint16_t user; /* enum relay_user */
         uint64_t arena;
         uint64_t incarnation;
 };

@@ -16,7 +16,7 @@ import msgspec
 from dataplane.errors import WrongMessage
 from dataplane.router.codec import I32, U32, U64, Codec, WireField
 
-RELAY_VERSION: Final = 4
+RELAY_VERSION: Final = 5
 RELAY_SOCKET: Final = 3
 """The relay's descriptor."""
 MAX_TEXT: Final = 96
@@ -31,6 +31,9 @@ ENCRYPT_NOTHING: Final = 0
 ENCRYPT_MESSAGES: Final = 1
 ENCRYPT_ALL: Final = 2
 """What is encrypted over TCP."""
+CONNECTION: Final = 0
+QUEUE_PAIR: Final = 1
+"""Who uses a slot. A queue pair of verbs has no TCP to fall back to."""
 WHOLE: Final = 0
 BROKEN: Final = 1
 """How a connection ended."""
@@ -257,15 +260,16 @@ class RelayArena(msgspec.Struct, frozen=True):
     owner: U64 = 0
 
 
-@codec.message(RelayKind.SLOT)
+@codec.message(RelayKind.SLOT, order=("connection", "link", "slot", "user", "arena", "incarnation"))
 class RelaySlot(msgspec.Struct, frozen=True):
-    """The slot of a connection."""
+    """The slot of a connection, and who uses it."""
 
     connection: U32
     link: U32
-    slot: U32
+    slot: _U16
     arena: U64
     incarnation: U64
+    user: _U16 = CONNECTION
 
 
 @codec.message(RelayKind.FRAME, tail=MAX_FRAME)

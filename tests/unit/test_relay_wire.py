@@ -48,8 +48,9 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
         '.error = -2, .text = "none", .mtu = 4096',
     ),
     "slot": (
-        lambda _: wire.RelaySlot(N32, M32, 63, N64, M64),
-        f".connection = {N32}, .link = {M32}, .slot = 63, .arena = {N64}u, .incarnation = {M64}u",
+        lambda _: wire.RelaySlot(N32, M32, 63, N64, M64, wire.QUEUE_PAIR),
+        f".connection = {N32}, .link = {M32}, .slot = 63, .user = RELAY_QUEUE_PAIR, "
+        f".arena = {N64}u, .incarnation = {M64}u",
     ),
     "counts": (
         lambda _: wire.RelayCounters({name: 1000 + n for n, name in enumerate(wire.COUNTERS)}),
@@ -99,6 +100,8 @@ NUMBERS: Final = {
     "RELAY_ENCRYPT_NOTHING": wire.ENCRYPT_NOTHING,
     "RELAY_ENCRYPT_MESSAGES": wire.ENCRYPT_MESSAGES,
     "RELAY_ENCRYPT_ALL": wire.ENCRYPT_ALL,
+    "RELAY_CONNECTION": wire.CONNECTION,
+    "RELAY_QUEUE_PAIR": wire.QUEUE_PAIR,
     "RELAY_WHOLE": wire.WHOLE,
     "RELAY_BROKEN": wire.BROKEN,
     **{f"R_{kind.name}": kind.value for kind in RelayKind},
