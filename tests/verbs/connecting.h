@@ -1,4 +1,6 @@
-/* How programs connect a queue pair of type RC, by the functions that libibverbs has. */
+/* How programs connect a queue pair of type RC, by the functions that libibverbs has, and what one
+ * side of it consists of.
+ */
 #ifndef FREEFLOW_TEST_CONNECTING_H
 #define FREEFLOW_TEST_CONNECTING_H
 
@@ -14,6 +16,14 @@ enum {
                    IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER,
         RTS_MASK = IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
                    IBV_QP_MAX_QP_RD_ATOMIC
+};
+
+/* One side: a queue pair, and what it needs. */
+struct end {
+        struct ibv_context *context;
+        struct ibv_pd *pd;
+        struct ibv_cq *sent, *received;
+        struct ibv_qp *qp;
 };
 
 static inline struct ibv_qp_attr usual_attributes(uint32_t peer)

@@ -10,15 +10,11 @@
 #include "connecting.h"
 #include "no_router.h"
 
-#include <errno.h>
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <time.h>
-#include <unistd.h>
 
 enum { REMOTE_SHIFT = 16, FIRST_NUMBER = 1000, LIMIT = 128 };
 
@@ -76,14 +72,6 @@ static inline void ring(struct queue_pair *queue, struct waiters *waiters)
         (void)queue;
         (void)waiters;
 }
-
-/* One side: a queue pair, and what it needs. */
-struct end {
-        struct ibv_context *context;
-        struct ibv_pd *pd;
-        struct ibv_cq *sent, *received;
-        struct ibv_qp *qp;
-};
 
 static inline struct ibv_context *open_device(void)
 {
