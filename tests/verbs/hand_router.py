@@ -44,6 +44,9 @@ class Client:
     """The queue pairs to which datagrams may come."""
 
 
+Asked = tuple[Client, verbs_wire.VerbsQueuePair]
+
+
 @dataclass(eq=False)
 class PairArena:
     """An arena of two processes; side 0 is the first one's."""
@@ -92,7 +95,7 @@ class HandRouter:
         self._listener.listen(64)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._numbers = 1
-        self._waiting: dict[tuple[IPv4Address, int], tuple[Client, verbs_wire.VerbsQueuePair]] = {}
+        self._waiting: dict[tuple[IPv4Address, int], Asked] = {}
         self.clients: list[Client] = []
         self.arenas: list[PairArena] = []
         self.releases: list[tuple[int, int, int]] = []
@@ -243,8 +246,12 @@ class HandRouter:
             return
         del self._waiting[own]
         self._waiting.pop(peer, None)
-        arena, slot = self._new_slot(other[0], client)
-        both = [other, (client, message)]
+        self._connect(other, (client, message))
+
+    def _connect(self, other: Asked, one: Asked) -> None:
+        """Give two queue pairs, of which `other` has asked first, a slot."""
+        arena, slot = self._new_slot(other[0], one[0])
+        both = [other, one]
         for side, (asker, asked) in enumerate(
             both if other[0] is arena.clients[0] else reversed(both)
         ):
