@@ -403,7 +403,7 @@ class QueuePairFact(msgspec.Struct, frozen=True, kw_only=True):
     peer: str
     peer_qpn: int
     path: str
-    """shm; empty: it is not connected."""
+    """shm, rdma or relay; empty: it is not connected."""
     reason: str | None = None
     """The reason's word, if it is not connected."""
     age: float

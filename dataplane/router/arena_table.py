@@ -14,11 +14,17 @@ from typing import Final
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router import layout
 from dataplane.router.agenda import RARELY, Agenda
-from dataplane.router.arenas import RELAY_SIDE, Arena, ArenaSide, ConnectionEnd, Slot, SlotEnd
+from dataplane.router.arenas import (
+    RELAY,
+    RELAY_SIDE,
+    Arena,
+    ArenaSide,
+    ConnectionEnd,
+    Slot,
+    SlotEnd,
+)
 from dataplane.router.bells import Bells
-from dataplane.router.pair_requests import PairRequest
 from dataplane.router.registry import ProcessRecord, Registry
-from dataplane.router.remote_pairing import RELAY
 from dataplane.router.seams import ArenaMemory, SocketTable
 
 SLOT_AGE: Final = 30.0
@@ -73,7 +79,7 @@ class ArenaTable:
                 side.hears = self._bells.make(side, 0)
         return arena
 
-    def of_relay(self, request: PairRequest, ring: int) -> Arena:
+    def of_relay(self, request: SlotEnd, ring: int) -> Arena:
         """The arena of a process and the relay, with rings of so many bytes and a free slot.
 
         Raises:

@@ -16,6 +16,8 @@ from typing import Final, Protocol
 from dataplane.router.layout import SIDES, SLOTS
 from dataplane.router.library_wire import Address
 
+RELAY: Final = 0
+"""The relay, in place of a container's namespace: no namespace has this inode."""
 RELAY_SIDE: Final = 1
 """The relay's side of a remote arena; side 0 is the process's."""
 
@@ -51,6 +53,21 @@ class ConnectionEnd:
     def key(self) -> EndKey:
         """The cookie of its socket."""
         return self.cookie
+
+
+@dataclass(slots=True, eq=False)
+class RelayEnd:
+    """The relay's end of a slot, which stands for that on another host."""
+
+    connection: int
+    """The relay's number."""
+    process: int = RELAY
+    namespace: int = RELAY
+
+    @property
+    def key(self) -> EndKey:
+        """Unused: the relay has no list of ends."""
+        return "relay", self.connection
 
 
 @dataclass(slots=True, eq=False)

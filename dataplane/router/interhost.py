@@ -169,6 +169,7 @@ class InterHost:
             relay_ring=settings.relay_ring,
             relay_encryption=settings.relay_encryption,
             tunnel_offload=self._pairing.knowledge.offload,
+            verbs=settings.verbs,
         )
         hellos = self.remotes.hellos()
         self._transports[Transport.RDMA].decide(

@@ -22,14 +22,13 @@ from dataplane.control import (
     Statistics,
 )
 from dataplane.errors import KernelRefused
-from dataplane.router.arenas import RELAY_SIDE, Arena, ConnectionEnd, Slot
+from dataplane.router.arenas import RELAY, RELAY_SIDE, Arena, ConnectionEnd, Slot
 from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
 from dataplane.router.registry import ContainerRecord
-from dataplane.router.remote_pairing import RELAY
 from dataplane.router.socket_table import Namespaces, TcpSocket
 from dataplane.router.verbs_listing import counts as counts_of_verbs
 

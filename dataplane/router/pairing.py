@@ -36,16 +36,17 @@ from dataplane.router.library_wire import (
     Welcome,
 )
 from dataplane.router.pair_requests import PairRequest
+from dataplane.router.queue_pairs import QueuePairRecord
 from dataplane.router.reasons import STATUS_ONLY, Reason, told
 from dataplane.router.registry import ProcessRecord, Registry
-from dataplane.router.remote_pairing import RELAY, RemotePairing
+from dataplane.router.remote_pairing import RemotePairing
 from dataplane.router.request_table import RequestTable
 from dataplane.router.seams import ArenaMemory, Outbox, SocketTable
 from dataplane.router.slot_grants import SlotGrants
 from dataplane.router.verbs_cm import VerbsConnections
 from dataplane.router.verbs_datagrams import DatagramEnd, Datagrams
 from dataplane.router.verbs_groups import Groups
-from dataplane.router.verbs_pairing import QueuePairRecord, VerbsPairing
+from dataplane.router.verbs_pairing import VerbsPairing
 from dataplane.router.verbs_wire import VERBS_VERSION
 
 EARLY: Final = 64
@@ -274,14 +275,7 @@ class Pairing:
         Raises:
             KernelRefused: there is no memory for it.
         """
-        arena = self.arena_table.of_relay(waiting, ring)
-        incarnation = self.arena_table.prepare(arena)
-        local, remote = waiting.message.local, waiting.message.remote
-        relay = ConnectionEnd(RELAY, RELAY, 0, waiting.network, local, remote)
-        slot = self.arena_table.take(arena, incarnation, (_end(waiting), relay))
-        arena.slots[slot].connection = connection
-        self.arena_table.join(self.processes[waiting.process], arena, 0)
-        return arena, slot
+        return self._slots.take_remote(_end(waiting), ring, connection)
 
     def grant(self, waiting: PairRequest, arena: Arena, slot: int) -> None:
         """Tell a process that it may use the slot that was taken for it."""
@@ -290,10 +284,7 @@ class Pairing:
         self.counts.granted += 1
         self.arena_table.hold(_end(waiting), arena, slot, 0)
         self.arena_table.check_later(arena, slot)
-        self._slots.send(arena, 0, _message(waiting, arena, slot, 0))
-        if not arena.rung:
-            arena.rung = True
-            self._bells.hand_out_first(arena, RELAY_SIDE, waiting.process)
+        self._slots.hand_out_remote(arena, _message(waiting, arena, slot, 0))
 
     def release_end(self, arena: Arena, slot: int, side: int) -> None:
         """A side is done with a slot."""

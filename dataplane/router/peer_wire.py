@@ -68,6 +68,8 @@ class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
     """What its relay encrypts: a value of `RELAY_ENCRYPTION`."""
     tunnel_offload: bool = True
     """Whether its underlay's device segments UDP tunnels."""
+    verbs: bool = False
+    """Whether it pairs queue pairs of verbs with those of other hosts."""
 
 
 class Owns(msgspec.Struct, frozen=True, tag=True):
@@ -91,6 +93,22 @@ class Offer(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     waits: U32 = 0
     """Why the sender holds it back for now, a `Reason`; 0: it doesn't. It is offered again, under
     the same number, when that changes."""
+
+
+class VerbsOffer(msgspec.Struct, frozen=True, tag=True):
+    """As `Offer`, for a queue pair of verbs. Only for peers whose Hello has `verbs`.
+
+    `gid` and `qpn` are the sender's, `peer_gid` and `peer_qpn` the receiver's. `service` is one of
+    enum ibv_qp_type (infiniband/verbs.h).
+    """
+
+    offer: U63
+    network: NetworkId
+    gid: AddressText
+    qpn: U32
+    peer_gid: AddressText
+    peer_qpn: U32
+    service: U32
 
 
 class Waits(msgspec.Struct, frozen=True, tag=True):
@@ -218,6 +236,7 @@ Message = (
     PeerHello
     | Owns
     | Offer
+    | VerbsOffer
     | Waits
     | Leaves
     | Withdraw

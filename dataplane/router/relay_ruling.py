@@ -40,7 +40,8 @@ class Ruled:
         return [
             one
             for one in self._remotes.connections
-            if one.state.transport is Transport.RELAY
+            if one.users is self._remotes.requests
+            and one.state.transport is Transport.RELAY
             and one.state.phase in LIVE
             and not one.state.leaving
         ]

@@ -16,8 +16,10 @@ through the interfaces that the constructor takes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
+from itertools import chain
 from typing import Final, Generic, TypeVar
 
 from dataplane.router import peer_wire, relay_wire
@@ -29,14 +31,18 @@ from dataplane.router.links import KINDS, Links
 from dataplane.router.loop import Loop
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.pairing import Pairing
+from dataplane.router.queue_pairs import QueuePairRecord
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_wire import RelayKind
 from dataplane.router.remote_connections import RemoteConnections, Trace, log_invalid, note_left
 from dataplane.router.remote_events import Event, On, Transport
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
-from dataplane.router.remote_requests import EntryRule, Match, RemoteRequest, RemoteRequests, waits
+from dataplane.router.remote_matches import Match
+from dataplane.router.remote_requests import EntryRule, RemoteRequest, RemoteRequests, waits
 from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import SessionUser
+from dataplane.router.verbs_remote import RemoteQueuePairs
+from dataplane.router.verbs_stranded import StrandedQueuePairs
 
 OPENING: Final = "it is being opened"
 """Why a transport can't be used yet."""
@@ -76,20 +82,24 @@ class Remotes(Generic[SessionsT]):
         self.links = Links(
             loop, tell_relay, self.sessions, self, partial(link_sockets, self.sessions), kinds
         )
+        offers = itertools.count(1)
         self.requests = RemoteRequests(
-            pairing, loop, self.sessions, self.hosts, self.links, sockets, rule
+            pairing, loop, self.sessions, self.hosts, self.links, sockets, rule, offers
+        )
+        self.queue_pairs = RemoteQueuePairs(
+            pairing.verbs, loop, self.sessions, self.hosts, self.links, offers, self._begin
         )
         self.connections = RemoteConnections(
             pairing,
             loop,
             self.sessions,
             tell_relay,
-            self.requests,
+            (self.requests, self.queue_pairs),
             self.links,
-            sockets,
             memory,
             trace,
         )
+        self._stranded = StrandedQueuePairs(loop, self.hosts, self.links, self.connections)
         self.why = dict.fromkeys(Transport, "the router has just started")
         """Why the relay can't use a transport; "" if it can."""
         self._lent: set[int] = set()
@@ -124,6 +134,7 @@ class Remotes(Generic[SessionsT]):
         for host in self.hosts:
             self.hosts.tell_owned(host)
         self.links.tick()
+        self._stranded.tick()
 
     def use(self, transport: Transport, why: str) -> None:
         """The relay can use a transport (""), or why it can't."""
@@ -149,7 +160,7 @@ class Remotes(Generic[SessionsT]):
 
     def reconsider(self, host: RemoteHost) -> None:
         """Something has changed for the requests that wait for the `EntryRule`."""
-        for match in self.requests.matches(host):
+        for match in chain(self.requests.matches(host), self.queue_pairs.matches(host)):
             self._begin(match)
 
     def _forget_host(self, host: RemoteHost) -> None:
@@ -157,6 +168,7 @@ class Remotes(Generic[SessionsT]):
         self._refuse_all(host, Reason.REMOTE)
         self.links.forget(host.address)
         self.requests.forget(host)
+        self.queue_pairs.forget(host)
         self.connections.forget(host)
         self.hosts.remove(host)
 
@@ -201,11 +213,21 @@ class Remotes(Generic[SessionsT]):
         reason = self.connections.begin(match, Event(On.LEAD, transport))
         if reason is not None:
             self.sessions.send(match.host.address, peer_wire.Decline(match.offer, reason))
-            self.requests.refuse(match.request, reason)
+            match.users.refuse(match.request, reason)
 
     def cancel(self, request: PairRequest) -> None:
         """A request doesn't wait any more."""
         connection = self.requests.cancel(request)
+        if connection:
+            self.connections.step_number(connection, Event(On.REQUEST_GONE))
+
+    def connect(self, queue_pair: QueuePairRecord) -> None:
+        """Take a queue pair whose peer is on another host."""
+        self._begin(self.queue_pairs.add(queue_pair))
+
+    def withdraw(self, queue_pair: QueuePairRecord) -> None:
+        """A queue pair doesn't wait any more."""
+        connection = self.queue_pairs.cancel(queue_pair)
         if connection:
             self.connections.step_number(connection, Event(On.REQUEST_GONE))
 
@@ -254,7 +276,7 @@ class Remotes(Generic[SessionsT]):
                 self.links.connected(message)
             case relay_wire.RelayFrame():
                 self.links.frame(message)
-            case _:
+            case relay_wire.Number() | relay_wire.Offered() | relay_wire.RelayOutcome():
                 self.connections.relay_reported(message)
 
     def relay_died(self) -> None:
@@ -352,6 +374,7 @@ class Remotes(Generic[SessionsT]):
         self.hosts.tell_owned(host)
         self.connections.step_all(host, Event(On.SESSION_UP))
         self.requests.session_up(host)
+        self.queue_pairs.session_up(host)
         self.links.wake(peer)
         self._hello_changed()
 
@@ -363,6 +386,7 @@ class Remotes(Generic[SessionsT]):
         host.hello = None
         host.told = None
         self.requests.session_down(host)
+        self.queue_pairs.session_down(host)
         self.connections.step_all(host, Event(On.SESSION_DOWN))
         self.links.session_down(peer)
         host.timer = self._loop.after(SESSION_PATIENCE, lambda: self._session_expired(host))
@@ -383,6 +407,9 @@ class Remotes(Generic[SessionsT]):
                 # One that is taken may be offered again, if both messages have crossed.
                 if not self.connections.has_taken(host, message.offer):
                     self._begin(self.requests.take_offer(host, message, reason))
+            case peer_wire.VerbsOffer():
+                if not self.connections.has_taken(host, message.offer):
+                    self._begin(self.queue_pairs.take_offer(host, message))
             case peer_wire.Waits():
                 self.requests.told_to_wait(host, message)
             case peer_wire.Leaves():
@@ -391,6 +418,7 @@ class Remotes(Generic[SessionsT]):
                 note_left(theirs, waits(message.reason))
             case peer_wire.Withdraw():
                 self.requests.withdrawn(host, message.offer)
+                self.queue_pairs.withdrawn(host, message.offer)
                 self.connections.withdrawn(host, message.offer)
             case peer_wire.Decline():
                 self.connections.declined(host, message)
@@ -422,7 +450,7 @@ class Remotes(Generic[SessionsT]):
 
     def reassign(self, host: RemoteHost) -> None:
         """A host claims other addresses than before."""
-        for match in self.requests.reassign(host):
+        for match in chain(self.requests.reassign(host), self.queue_pairs.reassign(host)):
             self._begin(match)
 
     def _greeted(self, host: RemoteHost, hello: peer_wire.PeerHello) -> None:
@@ -435,5 +463,7 @@ class Remotes(Generic[SessionsT]):
         host.hello = hello
         if not self.transports(host.address):
             self._refuse_all(host, Reason.PEER_NO_RDMA)
+        for match in self.queue_pairs.reassign(host):
+            self._begin(match)
         self.links.wake(host.address)
         self._hello_changed()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,11 +17,10 @@ import structlog
 
 from dataplane.errors import KernelRefused
 from dataplane.router import layout, peer_wire, relay_wire, remote_end
-from dataplane.router.arenas import Arena, ConnectionEnd
+from dataplane.router.arenas import Arena, SlotEnd
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.links import Links
 from dataplane.router.loop import Loop, Timer
-from dataplane.router.pair_requests import PairRequest
 from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_wire import RelayKind
@@ -39,8 +38,14 @@ from dataplane.router.remote_events import (
     Transport,
 )
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost
-from dataplane.router.remote_requests import Match, RemoteRequests, reason_of
-from dataplane.router.seams import ArenaMemory, SocketTable
+from dataplane.router.remote_matches import (
+    LocalUser,
+    Match,
+    RemoteUser,
+    RemoteUsers,
+    reason_of,
+)
+from dataplane.router.seams import ArenaMemory
 
 log = structlog.get_logger()
 
@@ -63,8 +68,9 @@ class RemoteConnection:
     host: RemoteHost
     leads: bool
     offer: int
-    request: PairRequest
-    end: ConnectionEnd
+    users: RemoteUsers
+    user: LocalUser
+    end: SlotEnd
     arena: Arena
     slot: int
     state: EndState = field(default_factory=EndState)
@@ -128,6 +134,37 @@ def note_left(connections: Iterable[RemoteConnection], reason: Reason | None) ->
             slot.why_left = reason or Reason.NONE
 
 
+Reported = relay_wire.Offered | relay_wire.RelayOutcome | relay_wire.Number
+
+
+def event_of(message: Reported) -> Event | None:
+    """What it means for a connection that the relay reports something; None: nothing."""
+    match message:
+        case relay_wire.Offered(error=0):
+            return Event(On.PLACED, place=message.words)
+        case relay_wire.Offered():
+            log.warning("relay refused a slot", reason=message.text, error=message.error)
+            return Event(On.PLACE_FAILED)
+        case relay_wire.RelayOutcome(error=0):
+            return Event(On.PAIRED)
+        case relay_wire.RelayOutcome():
+            log.warning("relay can't pair a connection", reason=message.text)
+            return Event(On.PAIR_FAILED)
+        case relay_wire.Number(kind=RelayKind.ENDED | RelayKind.FINISHED, state=relay_wire.BROKEN):
+            return Event(On.PATH_BROKEN)
+        case relay_wire.Number():
+            on = _REPORTS.get(message.kind)
+            return None if on is None else Event(on)
+
+
+_REPORTS: Final[Mapping[int, On]] = {
+    RelayKind.DROPPED: On.DROPPED,
+    RelayKind.LEFT: On.PATH_LEFT,
+    RelayKind.ENDED: On.ALL_RECEIVED,
+    RelayKind.FINISHED: On.ALL_SENT,
+}
+
+
 class RemoteConnections:
     """See the module."""
 
@@ -137,9 +174,8 @@ class RemoteConnections:
         loop: Loop,
         sessions: PeerSessions,
         tell_relay: Callable[..., None],
-        requests: RemoteRequests,
+        users: Sequence[RemoteUsers],
         links: Links,
-        sockets: SocketTable,
         memory: ArenaMemory,
         trace: Trace = log_invalid,
     ) -> None:
@@ -147,9 +183,8 @@ class RemoteConnections:
         self._loop = loop
         self._sessions = sessions
         self._tell_relay = tell_relay
-        self._requests = requests
+        self._users = users
         self._links = links
-        self._sockets = sockets
         self._memory = memory
         self._trace = trace
         self._connections: dict[int, RemoteConnection] = {}
@@ -167,7 +202,7 @@ class RemoteConnections:
             Do.SEND_PAIRED: self._send_paired,
             Do.GRANT: self._grant,
             Do.RESTART_TIMER: self._restart_timer,
-            Do.KEEP_REQUEST: lambda connection: self._requests.retry(connection.request),
+            Do.KEEP_REQUEST: lambda connection: connection.users.retry(connection.user),
             Do.FREE_SIDE: self._free_side,
             Do.CLOSE: lambda connection: self._tell(RelayKind.CLOSE, connection),
             Do.LEAVE: lambda connection: self._tell(RelayKind.LEAVE, connection),
@@ -198,7 +233,7 @@ class RemoteConnections:
 
     def begin(self, match: Match, event: Event) -> Reason | None:
         """Begin a connection for a matched request; or why not."""
-        host, request, offer = match
+        users, host, request, offer = match
         assert host.hello is not None
         settings = self._pairing.knowledge.settings
         if event.transport is Transport.RDMA:
@@ -215,19 +250,29 @@ class RemoteConnections:
             or self._pairing.is_full(request.local.namespace)
         ):
             return Reason.LIMIT
-        if not self._is_open(request.local):
+        if not users.is_open(request.local):
             return Reason.NOT_FOUND
         number = next(self._numbers)
         try:
-            arena, slot = self._pairing.reserve(request.local, ring, number)
+            arena, slot = users.reserve(request.local, ring, number)
         except KernelRefused:
             return Reason.MEMORY
         end = arena.slots[slot].ends[0]
-        assert isinstance(end, ConnectionEnd)
+        assert end is not None
         leads = event.on is On.LEAD
         state = EndState(transport=event.transport)
         connection = RemoteConnection(
-            number, host, leads, offer, request.local, end, arena, slot, state, request.peer_process
+            number,
+            host,
+            leads,
+            offer,
+            users,
+            request.local,
+            end,
+            arena,
+            slot,
+            state,
+            request.peer_process,
         )
         request.connection = number
         self._connections[number] = of_host.connections[number] = connection
@@ -298,7 +343,7 @@ class RemoteConnections:
             case Do():
                 self._actions[action](connection)
             case RefuseRequest():
-                self._requests.fail(connection.request, action.reason)
+                connection.users.fail(connection.user, action.reason)
             case Tell():
                 self._give_up(connection, action)
             case Drop():
@@ -317,18 +362,17 @@ class RemoteConnections:
         arena, slot = connection.arena, connection.slot
         link = self._links.link(connection.host.address).number
         incarnation = arena.slots[slot].incarnation
-        self._tell_relay(relay_wire.RelaySlot(connection.number, link, slot, arena.id, incarnation))
+        kind = connection.users.kind
+        self._tell_relay(
+            relay_wire.RelaySlot(connection.number, link, slot, arena.id, incarnation, kind)
+        )
 
     def _send_place(self, connection: RemoteConnection) -> None:
         place = connection.state.place
         self._send(connection, peer_wire.Placement(connection.offer, connection.number, place))
 
-    def _is_open(self, local: PairRequest) -> bool:
-        request = local.message
-        return self._sockets.is_open(local.namespace, request.local, request.remote, request.cookie)
-
     def _check_socket(self, connection: RemoteConnection) -> None:
-        is_open = self._is_open(connection.request)
+        is_open = connection.users.is_open(connection.user)
         self.step(connection, Event(On.SOCKET_OPEN) if is_open else Event(On.SOCKET_GONE))
 
     def _pair(self, connection: RemoteConnection) -> None:
@@ -349,9 +393,8 @@ class RemoteConnections:
         self._send(connection, peer_wire.Paired(connection.state.peer_number))
 
     def _grant(self, connection: RemoteConnection) -> None:
-        self._requests.grant(connection.request)
         self.counts[connection.state.transport].granted += 1
-        self._pairing.grant(connection.request, connection.arena, connection.slot)
+        connection.users.grant(connection.user, connection.arena, connection.slot)
 
     def _free_side(self, connection: RemoteConnection) -> None:
         slot = connection.arena.slots.get(connection.slot)
@@ -382,7 +425,10 @@ class RemoteConnections:
                 del broken[next(iter(broken))]
 
     def _undo_grant(self, connection: RemoteConnection) -> None:
-        self._memory.finish(connection.arena.memory, connection.slot)
+        if connection.users.kind == relay_wire.QUEUE_PAIR:
+            self._memory.sever(connection.arena.memory, connection.slot)
+        else:
+            self._memory.finish(connection.arena.memory, connection.slot)
         self._wake(connection.arena)
 
     def _wake(self, arena: Arena) -> None:
@@ -402,34 +448,11 @@ class RemoteConnections:
 
     # --- what the relay reports
 
-    def relay_reported(self, message: relay_wire.Message) -> None:
+    def relay_reported(self, message: Reported) -> None:
         """The relay has answered, or a connection has ended."""
-        match message:
-            case relay_wire.Offered(error=0):
-                event = Event(On.PLACED, place=message.words)
-            case relay_wire.Offered():
-                log.warning("relay refused a slot", reason=message.text, error=message.error)
-                event = Event(On.PLACE_FAILED)
-            case relay_wire.RelayOutcome(error=0):
-                event = Event(On.PAIRED)
-            case relay_wire.RelayOutcome():
-                log.warning("relay can't pair a connection", reason=message.text)
-                event = Event(On.PAIR_FAILED)
-            case relay_wire.Number(kind=RelayKind.DROPPED):
-                event = Event(On.DROPPED)
-            case relay_wire.Number(kind=RelayKind.LEFT):
-                event = Event(On.PATH_LEFT)
-            case relay_wire.Number(
-                kind=RelayKind.ENDED | RelayKind.FINISHED, state=relay_wire.BROKEN
-            ):
-                event = Event(On.PATH_BROKEN)
-            case relay_wire.Number(kind=RelayKind.ENDED):
-                event = Event(On.ALL_RECEIVED)
-            case relay_wire.Number(kind=RelayKind.FINISHED):
-                event = Event(On.ALL_SENT)
-            case _:
-                return
-        self.step_number(message.number, event)
+        event = event_of(message)
+        if event is not None:
+            self.step_number(message.number, event)
 
     def relay_died(self) -> list[Arena]:
         """The relay has ended: reset all live ends. Their arenas, which the relay had."""
@@ -448,9 +471,17 @@ class RemoteConnections:
 
     # --- what the peer's router reports
 
+    def _offered(self, host: RemoteHost, offer: int) -> tuple[RemoteUsers, RemoteUser | None]:
+        """Follower: the request that was offered under a number, and where it waits."""
+        for users in self._users:
+            request = users.offered(host, offer)
+            if request is not None:
+                return users, request
+        return self._users[0], None
+
     def placed(self, host: RemoteHost, message: peer_wire.Placement) -> None:
         """Follower: the leader has taken an offer."""
-        request = self._requests.offered(host, message.offer)
+        users, request = self._offered(host, message.offer)
         reason: Reason | None = Reason.NOT_FOUND
         if request is not None and not request.connection:
             reason = Reason.NO_LINK
@@ -461,11 +492,11 @@ class RemoteConnections:
                     peer_number=message.connection,
                     place=message.place,
                 )
-                reason = self.begin(Match(host, request, message.offer), event)
+                reason = self.begin(Match(users, host, request, message.offer), event)
         if reason is not None:
             self._sessions.send(host.address, peer_wire.PeerDrop(message.connection, reason))
             if request is not None and not request.connection:
-                self._requests.refuse(request, reason)
+                users.refuse(request, reason)
 
     def accepted(self, host: RemoteHost, message: peer_wire.PeerAccept) -> None:
         """Leader: the follower has granted its end."""
@@ -491,9 +522,9 @@ class RemoteConnections:
 
     def declined(self, host: RemoteHost, message: peer_wire.Decline) -> None:
         """Follower: the leader doesn't take an offer."""
-        request = self._requests.offered(host, message.offer)
+        users, request = self._offered(host, message.offer)
         if request is not None:
-            self._requests.refuse(request, reason_of(message.reason))
+            users.refuse(request, reason_of(message.reason))
             return
         for connection in self.of(host):
             if connection.offer == message.offer and not connection.leads:
@@ -522,8 +553,7 @@ class RemoteConnections:
             self._check_orphan(connection, ORPHAN_LEAST)
 
     def _check_orphan(self, connection: RemoteConnection, pause: float) -> None:
-        end = connection.end
-        if self._sockets.is_held(end.namespace, end.local, end.remote, end.cookie):
+        if connection.users.is_held(connection.end):
             later = min(pause * 2, ORPHAN_MOST)
             self._loop.after(pause, lambda: self._check_orphan(connection, later))
         else:

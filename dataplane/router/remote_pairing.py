@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import Protocol
 
 from dataplane.router.arenas import Arena
 from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.pair_requests import PairRequest
+from dataplane.router.queue_pairs import QueuePairRecord
 from dataplane.router.reasons import Reason
 from dataplane.router.remote_events import Transport
-
-RELAY: Final = 0
-"""The relay, in place of a container's namespace: no namespace has this inode."""
 
 
 class RemotePairing(Protocol):
@@ -37,6 +35,16 @@ class RemotePairing(Protocol):
 
     def cancel(self, request: PairRequest) -> None:
         """A request doesn't wait any more: its process has taken it back, or has ended."""
+
+    def connect(self, queue_pair: QueuePairRecord) -> None:
+        """Take a queue pair whose peer is on another host.
+
+        `VerbsPairing.grant_remote` or `VerbsPairing.forbid` is called for it at any time from now
+        on, also at once.
+        """
+
+    def withdraw(self, queue_pair: QueuePairRecord) -> None:
+        """A queue pair without a slot doesn't wait any more."""
 
     def released(self, connection: int) -> None:
         """No process of this host has the end any more."""
@@ -75,6 +83,12 @@ class NoRemotePairing:
         pass
 
     def cancel(self, request: PairRequest) -> None:
+        pass
+
+    def connect(self, queue_pair: QueuePairRecord) -> None:
+        pass
+
+    def withdraw(self, queue_pair: QueuePairRecord) -> None:
         pass
 
     def released(self, connection: int) -> None:

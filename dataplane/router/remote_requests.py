@@ -11,7 +11,6 @@ the leader's `EntryRule` admits it.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Final, NamedTuple, Protocol
 
 from dataplane.errors import WrongMessage
 from dataplane.router import peer_wire
+from dataplane.router.arenas import Arena, ConnectionEnd
 from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import Address, IPAddress
 from dataplane.router.links import Links
@@ -26,23 +26,17 @@ from dataplane.router.loop import Loop, Timer
 from dataplane.router.pair_requests import Key, PairRequest
 from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
+from dataplane.router.relay_wire import CONNECTION
 from dataplane.router.remote_events import Transport
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
+from dataplane.router.remote_matches import OFFERS, Match
 from dataplane.router.seams import SocketTable
 
-OFFERS: Final = 65536
-"""Of one host, that wait for a request of this one."""
 OWNER_PATIENCE: Final = 2.0
 """Seconds for which a request waits until a host claims its peer's address: the peer's container
 may have just started."""
 _U32: Final = (1 << 32) - 1
 _WAITING: Final = (Reason.FEW, Reason.SLOW, Reason.BULK, Reason.LIMIT)
-_REASONS: Final = frozenset(reason.value for reason in Reason)
-
-
-def reason_of(number: int) -> Reason:
-    """A peer's reason. A later version may have more of them."""
-    return Reason(number) if number in _REASONS else Reason.REMOTE
 
 
 @dataclass(slots=True, eq=False)
@@ -128,16 +122,6 @@ class Open(Closed):
         return True
 
 
-class Match(NamedTuple):
-    """The requests of both ends of a connection. `offer` is the follower's number of its
-    request.
-    """
-
-    host: RemoteHost
-    request: RemoteRequest
-    offer: int
-
-
 class PeerOffer(NamedTuple):
     """An offer of the other host."""
 
@@ -172,7 +156,9 @@ class _HostRequests:
 
 
 class RemoteRequests:
-    """See the module."""
+    """See the module. `RemoteUsers` of connections."""
+
+    kind = CONNECTION
 
     def __init__(
         self,
@@ -183,7 +169,9 @@ class RemoteRequests:
         links: Links,
         sockets: SocketTable,
         rule: EntryRule,
+        numbers: Iterator[int],
     ) -> None:
+        """`numbers`: of offers."""
         self._pairing = pairing
         self._loop = loop
         self._sessions = sessions
@@ -197,7 +185,7 @@ class RemoteRequests:
         self._unowned: dict[PairRequest, RemoteRequest] = {}
         """Those whose peer's address no host claims."""
         self._of: defaultdict[IPAddress, _HostRequests] = defaultdict(_HostRequests)
-        self._numbers = itertools.count(1)
+        self._numbers = numbers
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -294,13 +282,27 @@ class RemoteRequests:
         if request is not None:
             request.connection = request.offer = 0
 
-    def grant(self, local: PairRequest) -> None:
+    def is_open(self, local: PairRequest) -> bool:
+        """Whether a process still has the connected socket of a request."""
+        asked = local.message
+        return self._sockets.is_open(local.namespace, asked.local, asked.remote, asked.cookie)
+
+    def is_held(self, end: ConnectionEnd) -> bool:
+        """Whether any process has the socket of an end."""
+        return self._sockets.is_held(end.namespace, end.local, end.remote, end.cookie)
+
+    def reserve(self, local: PairRequest, ring: int, connection: int) -> tuple[Arena, int]:
+        """Take a slot. Raises KernelRefused: there is no memory for it."""
+        return self._pairing.reserve(local, ring, connection)
+
+    def grant(self, local: PairRequest, arena: Arena, slot: int) -> None:
         """A connection is granted: its request has its answer."""
         request = self._requests.pop(local)
         if request.host is not None:
             # It was accepted, not withdrawn.
             self._of[request.host.address].offered.pop(request.offer, None)
         self._detach(request)
+        self._pairing.grant(local, arena, slot)
 
     def _detach(self, request: RemoteRequest) -> None:
         """Take a request from the host to which it was assigned."""
@@ -440,7 +442,7 @@ class RemoteRequests:
         if transport is Transport.RELAY and not self._rule.may_enter(request):
             return None
         of_host.take(offer.number)
-        return Match(host, request, offer.number)
+        return Match(self, host, request, offer.number)
 
     def why_waiting(self, local: PairRequest) -> Reason:
         """Why a request waits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataplane.router.arena_table import ArenaTable
-from dataplane.router.arenas import Arena, SlotEnd
+from dataplane.router.arenas import RELAY_SIDE, Arena, RelayEnd, SlotEnd
 from dataplane.router.bells import Bells
 from dataplane.router.library_wire import Grant
 from dataplane.router.registry import Registry
@@ -44,6 +44,28 @@ class SlotGrants:
             arena.rung = True
             for side in range(len(arena.sides)):
                 self._bells.hand_out_first(arena, side, arena.pair[1 - side])
+
+    # --- slots whose other side is the relay
+
+    def take_remote(self, end: SlotEnd, ring: int, connection: int) -> tuple[Arena, int]:
+        """Take a slot for something with an end on another host. Its process is not told yet.
+
+        Raises:
+            KernelRefused: there is no memory for it.
+        """
+        arena = self._table.of_relay(end, ring)
+        incarnation = self._table.prepare(arena)
+        slot = self._table.take(arena, incarnation, (end, RelayEnd(connection)))
+        arena.slots[slot].connection = connection
+        self._table.join(self._registry.processes[end.process], arena, 0)
+        return arena, slot
+
+    def hand_out_remote(self, arena: Arena, message: GrantMessage) -> None:
+        """Send a process its grant, and the relay's bell of an arena that is new."""
+        self.send(arena, 0, message)
+        if not arena.rung:
+            arena.rung = True
+            self._bells.hand_out_first(arena, RELAY_SIDE, arena.pair[0])
 
     def send(self, arena: Arena, side: int, message: GrantMessage) -> None:
         """Send a grant to the process of a side.

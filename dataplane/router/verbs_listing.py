@@ -7,7 +7,8 @@ from typing import Final
 
 from dataplane.control import QueuePairFact, VerbsDeviceFact, VerbsFacts, VerbsObjects
 from dataplane.router.pairing import Pairing
-from dataplane.router.verbs_pairing import QueuePairRecord, VerbsPairing, VerbsProcess
+from dataplane.router.queue_pairs import QueuePairRecord
+from dataplane.router.verbs_pairing import VerbsPairing, VerbsProcess
 
 WAITING: Final = "waiting"
 _WHY_WAITING: Final = "the peer has not asked for this queue pair yet"
@@ -22,17 +23,17 @@ def objects(pairing: Pairing, now: float, only: int | None) -> Iterator[VerbsObj
     caller may do other work.
     """
     verbs = pairing.verbs
-    reasons = {WAITING: _WHY_WAITING}
+    reasons: dict[str, str] = {}
     queue_pairs = []
     for number, record in enumerate(list(verbs), 1):
         if number % _STEP == 0:
             yield None
         if only not in (None, record.namespace) or verbs.queue_pairs.get(record.number) != record:
             continue
-        queue_pairs.append(_queue_pair(pairing, record, now))
-        if record.refused is not None:
-            reasons[record.refused.word] = record.refused.sentence
-    words = {fact.reason for fact in queue_pairs}
+        why = _why(pairing, record)
+        if why is not None:
+            reasons[why[0]] = why[1]
+        queue_pairs.append(_queue_pair(pairing, record, now, None if why is None else why[0]))
     yield VerbsObjects(
         devices=tuple(
             _device(pairing, opened)
@@ -40,7 +41,7 @@ def objects(pairing: Pairing, now: float, only: int | None) -> Iterator[VerbsObj
             if only in (None, opened.namespace) and any(opened.device.gids)
         ),
         queue_pairs=tuple(queue_pairs),
-        reasons={word: sentence for word, sentence in reasons.items() if word in words},
+        reasons=reasons,
     )
 
 
@@ -80,11 +81,29 @@ def _device(pairing: Pairing, opened: VerbsProcess) -> VerbsDeviceFact:
     )
 
 
-def _queue_pair(pairing: Pairing, record: QueuePairRecord, now: float) -> QueuePairFact:
+def _path(pairing: Pairing, record: QueuePairRecord) -> str:
+    if record.place is None or not record.is_remote:
+        return "shm"
+    arena, slot, _ = record.place
+    return pairing.remote.transport(arena.slots[slot].connection).value
+
+
+def _why(pairing: Pairing, record: QueuePairRecord) -> tuple[str, str] | None:
+    """Why a queue pair is not connected, as a word and as a sentence; None: it is."""
+    reason = record.refused
+    if reason is None and _waits(record):
+        network = pairing.knowledge.networks.get(record.network)
+        if record.is_remote and network is not None:
+            reason = pairing.remote.why_not(network)
+        if reason is None:
+            return WAITING, _WHY_WAITING
+    return None if reason is None else (reason.word, reason.sentence)
+
+
+def _queue_pair(
+    pairing: Pairing, record: QueuePairRecord, now: float, reason: str | None
+) -> QueuePairFact:
     message, status = record.message, record.status
-    reason = None if record.refused is None else record.refused.word
-    if _waits(record):
-        reason = WAITING
     return QueuePairFact(
         namespace=record.namespace,
         container=_name(pairing, record.namespace),
@@ -95,7 +114,7 @@ def _queue_pair(pairing: Pairing, record: QueuePairRecord, now: float) -> QueueP
         qpn=message.qpn,
         peer=str(record.peer_gid),
         peer_qpn=message.peer_qpn,
-        path="shm" if reason is None else "",
+        path=_path(pairing, record) if reason is None else "",
         reason=reason,
         age=now - record.since,
         operations=0 if status is None else status.operations,

@@ -14,11 +14,13 @@ from typing import Final
 
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router.arena_table import ArenaTable
-from dataplane.router.arenas import Arena, EndKey
+from dataplane.router.arenas import RELAY, Arena
 from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.queue_pairs import QueuePairRecord
 from dataplane.router.reasons import Reason
 from dataplane.router.registry import Registry
+from dataplane.router.remote_events import Transport
 from dataplane.router.seams import ArenaMemory
 from dataplane.router.slot_grants import SlotGrants
 from dataplane.router.verbs_devices import DeviceView, QpnRanges
@@ -34,63 +36,14 @@ from dataplane.router.verbs_wire import (
     VerbsStatus,
 )
 
+_NEVER: Final = frozenset({Reason.REMOTE, Reason.REMOTE_OFF})
+"""Why no queue pair of a network can have a peer on another host. What else is missing may come."""
 RETURN: Final = 60.0
 """Seconds within which a process tells a new router of its queue pairs; then it counts as gone."""
 
 MOST_GROWTH: Final = 1 << 40
 """Operations, or bytes, that one message of a process adds at most: more than a second has."""
 MOST_COUNTED: Final = (1 << 63) - 1
-
-
-@dataclass(slots=True, eq=False)
-class QueuePairRecord:
-    """A queue pair that is connected, or wants to be: the end of one, if it has a slot."""
-
-    process: int
-    namespace: int
-    message: VerbsQueuePair
-    network: str
-    gid: IPAddress
-    peer_gid: IPAddress
-    peer_namespace: int
-    since: float
-    peer: QueuePairRecord | None = None
-    place: tuple[Arena, int, int] | None = None
-    """Arena, slot and side."""
-    refused: Reason | None = None
-    """It was told that it has no peer any more; it still has its slot."""
-    status: VerbsStatus | None = None
-    """What its process said last."""
-
-    @property
-    def number(self) -> tuple[int, int]:
-        """Its namespace and its QPN."""
-        return self.namespace, self.message.qpn
-
-    @property
-    def peer_number(self) -> tuple[int, int]:
-        """The peer's."""
-        return self.peer_namespace, self.message.peer_qpn
-
-    @property
-    def key(self) -> EndKey:
-        """See `SlotEnd`."""
-        return "qp", self.message.qpn
-
-    @property
-    def waits(self) -> bool:
-        """Whether the peer has not asked for it yet."""
-        return self.peer is None and self.place is None
-
-    def fits(self, other: QueuePairRecord) -> bool:
-        """Whether this one asks for the other one, which may be of another network or type."""
-        mine, theirs = self.message, other.message
-        return (
-            self.network == other.network
-            and self.peer_number == other.number
-            and mine.type == theirs.type
-            and mine.paired == theirs.paired
-        )
 
 
 @dataclass(slots=True, eq=False)
@@ -197,14 +150,23 @@ class VerbsPairing:
         for record in list(self.queue_pairs.values()):
             network = knowledge.network_of(record.namespace, record.gid)
             if network is None or network.id != record.network:
-                self._forbid(record, Reason.FOREIGN)
+                self.forbid(record, Reason.FOREIGN)
             elif not network.verbs:
-                self._forbid(record, Reason.OFF)
-            elif network.owners.get(record.peer_gid) != record.peer_namespace:
-                self._forbid(record, Reason.PEER_CLOSED)
+                self.forbid(record, Reason.OFF)
+            elif network.owners.get(record.peer_gid, RELAY) != record.peer_namespace:
+                self.forbid(record, Reason.PEER_CLOSED)
+            elif record.is_remote and not self._may_stay_remote(record, network):
+                self.forbid(record, Reason.REMOTE_OFF)
         used = {opened.namespace for opened in self.processes.values()}
         for namespace in self.ranges.keys() - used - knowledge.sandboxes.keys():
             del self.ranges[namespace]
+
+    def _may_stay_remote(self, record: QueuePairRecord, network: KnownNetwork) -> bool:
+        """Whether the network's queue pairs may have peers on other hosts, this way."""
+        if record.place is None:
+            return any(map(network.may_use, Transport))
+        arena, slot, _ = record.place
+        return network.may_use(self._registry.remote.transport(arena.slots[slot].connection))
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection to the router: its queue pairs end with it."""
@@ -236,7 +198,9 @@ class VerbsPairing:
         opened.queue_pairs[message.qpn] = self.queue_pairs[record.number] = record
         self.of_container[record.namespace] += 1
         partner = self.queue_pairs.get(record.peer_number)
-        if partner is not None and partner.waits and partner.fits(record):
+        if record.is_remote:
+            self._registry.remote.connect(record)
+        elif partner is not None and partner.waits and partner.fits(record):
             self._pair(record, partner)
         elif message.paired:
             self._returned[record] = record.since
@@ -250,9 +214,9 @@ class VerbsPairing:
             return Reason.FOREIGN
         network = self._registry.knowledge.network_of(opened.namespace, gid)
         assert network is not None
-        peer_namespace = network.owners.get(peer_gid)
-        if peer_namespace is None:
-            return _why_absent(peer_gid, network)
+        peer_namespace = network.owners.get(peer_gid, RELAY)
+        if peer_namespace == RELAY and (why := self._why_not(message, peer_gid, network)):
+            return why
         if (peer_namespace, message.peer_qpn) == (opened.namespace, message.qpn):
             return Reason.NOT_FOUND
         if self.of_container[opened.namespace] >= self._registry.limits.queue_pairs:
@@ -266,7 +230,37 @@ class VerbsPairing:
             peer_gid,
             peer_namespace,
             self._registry.clock(),
+            is_remote=peer_namespace == RELAY,
         )
+
+    def _why_not(
+        self, message: VerbsQueuePair, peer_gid: IPAddress, network: KnownNetwork
+    ) -> Reason | None:
+        """Why an address of no container of this host can't be that of a peer; None: it may."""
+        if peer_gid not in network or peer_gid in network.everywhere:
+            return Reason.FOREIGN
+        if message.paired:
+            # The relay ended with the router that has paired it.
+            return Reason.PEER_CLOSED
+        why = self._registry.remote.why_not(network)
+        return why if why in _NEVER else None
+
+    # --- queue pairs with a peer on another host, for `verbs_remote.py`
+
+    def reserve(self, record: QueuePairRecord, ring: int, connection: int) -> tuple[Arena, int]:
+        """Take a slot whose other side is the relay. Its process is not told yet.
+
+        Raises:
+            KernelRefused: there is no memory for it.
+        """
+        return self._slots.take_remote(record, ring, connection)
+
+    def grant_remote(self, record: QueuePairRecord, arena: Arena, slot: int) -> None:
+        """Tell a process that it may use the slot that was taken for its queue pair."""
+        record.place = (arena, slot, 0)
+        self.counts.paired += 1
+        self._arena_table.hold(record, arena, slot, 0)
+        self._slots.hand_out_remote(arena, _message(record, record.peer_gid))
 
     def _pair(self, one: QueuePairRecord, other: QueuePairRecord) -> None:
         """Connect two queue pairs. Those of an earlier router have a slot of one of its arenas."""
@@ -291,12 +285,12 @@ class VerbsPairing:
         except KernelRefused:
             return self._refuse_both(one, other, Reason.MEMORY)
         one.place, other.place = (arena, slot, 0), (arena, slot, 1)
-        self._slots.hand_out(arena, _message(one, other), _message(other, one))
+        self._slots.hand_out(arena, _message(one, other.gid), _message(other, one.gid))
         return True
 
     def _refuse_both(self, one: QueuePairRecord, other: QueuePairRecord, reason: Reason) -> bool:
-        self._forbid(one, reason)
-        self._forbid(other, reason)
+        self.forbid(one, reason)
+        self.forbid(other, reason)
         return False
 
     def end(self, process_id: int, message: VerbsEnd) -> None:
@@ -338,7 +332,7 @@ class VerbsPairing:
             if since > last:
                 return
             del self._returned[record]
-            self._forbid(record, Reason.PEER_CLOSED)
+            self.forbid(record, Reason.PEER_CLOSED)
 
     def __iter__(self) -> Iterator[QueuePairRecord]:
         return iter(self.queue_pairs.values())
@@ -355,13 +349,15 @@ class VerbsPairing:
         peer, record.peer = record.peer, None
         if peer is not None:
             peer.peer = None
-            self._forbid(peer, Reason.PEER_CLOSED)
+            self.forbid(peer, Reason.PEER_CLOSED)
         if record.place is not None:
             arena, slot, side = record.place
             self._arena_table.release(arena, slot, side)
             self._arena_table.close_if_done(arena)
+        elif record.is_remote:
+            self._registry.remote.withdraw(record)
 
-    def _forbid(self, record: QueuePairRecord, reason: Reason) -> None:
+    def forbid(self, record: QueuePairRecord, reason: Reason) -> None:
         """Tell a queue pair once that it has no peer, or has none any more.
 
         It keeps its slot until its process releases it. Nobody asks for it again.
@@ -371,6 +367,9 @@ class VerbsPairing:
         record.refused = reason
         if record.place is None:
             self._remove(self.processes[record.process], record)
+        elif record.is_remote:
+            arena, slot, _ = record.place
+            self._registry.remote.leave(arena.slots[slot].connection)
         elif reason is not Reason.PEER_CLOSED:
             arena, slot, _ = record.place
             self._memory.sever(arena.memory, slot)
@@ -387,19 +386,13 @@ def _sum(total: int, growth: int) -> int:
     return min(total + min(max(growth, 0), MOST_GROWTH), MOST_COUNTED)
 
 
-def _why_absent(address: IPAddress, network: KnownNetwork) -> Reason:
-    """Why an address of no container of this host can't be that of a peer."""
-    is_remote = address in network and address not in network.everywhere
-    return Reason.REMOTE if is_remote else Reason.FOREIGN
-
-
-def _message(record: QueuePairRecord, peer: QueuePairRecord) -> VerbsGrant:
+def _message(record: QueuePairRecord, peer_gid: IPAddress) -> VerbsGrant:
     assert record.place is not None
     arena, slot, side = record.place
     return VerbsGrant(
         request=record.message.request,
         qpn=record.message.qpn,
-        peer_qpn=peer.message.qpn,
+        peer_qpn=record.message.peer_qpn,
         slot_kind=SlotKind.CONNECTED,
         side=side,
         slot=slot,
@@ -407,5 +400,5 @@ def _message(record: QueuePairRecord, peer: QueuePairRecord) -> VerbsGrant:
         arena=arena.id,
         incarnation=arena.slots[slot].incarnation,
         token=arena.sides[side].token,
-        peer_gid=peer.gid,
+        peer_gid=peer_gid,
     )

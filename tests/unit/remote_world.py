@@ -14,6 +14,7 @@ from typing import Any, Final
 from dataplane.control import EndpointFact, Limits, NetworkFact, RouterSettings, RouterSnapshot
 from dataplane.router import layout, peer_wire, relay_wire
 from dataplane.router import library_wire as wire
+from dataplane.router.arenas import EndKey
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.library_wire import Address, IPAddress
 from dataplane.router.links import Links
@@ -79,6 +80,7 @@ class Lent:
     link: int
     arena: int
     slot: int
+    queue_pair: bool = False
     peer: int = 0
     paired: bool = False
     closed: bool = False
@@ -178,7 +180,11 @@ class FakeRelay:
         used = {(lent.arena, lent.slot) for lent in self.lent.values()}
         assert (message.arena, message.slot) not in used, "memory that a relay still has"
         self.lent[message.connection] = Lent(
-            message.connection, message.link, message.arena, message.slot
+            message.connection,
+            message.link,
+            message.arena,
+            message.slot,
+            message.user == relay_wire.QUEUE_PAIR,
         )
         self.answer(relay_wire.Offered(RelayKind.PLACED, message.connection, 0, "", b"place"))
 
@@ -232,7 +238,10 @@ class FakeRelay:
                 if not lent.paired or lent.gone or lent.broken:
                     self.report_finished(lent)
             case RelayKind.LEAVE:
-                self.lent[number].leaves = True
+                lent = self.lent[number]
+                lent.leaves = not lent.queue_pair
+                if lent.queue_pair and not lent.broken:
+                    self.break_it(lent)
             case RelayKind.DROP if number not in self.lent:
                 self.answer(relay_wire.Number(RelayKind.DROPPED, number))
             case RelayKind.DROP:
@@ -546,6 +555,7 @@ class Host:
             relay=self.number in self.world.tcp,
             relay_ring=RELAY_RING,
             tunnel_offload=self.pairing.knowledge.offload,
+            verbs=self.number in self.world.verbs,
         )
 
 
@@ -590,18 +600,20 @@ class World:
         *,
         cards: Container[int] = range(99),
         tcp: Container[int] = (),
+        verbs: Container[int] = range(99),
         rule: EntryRule | None = None,
         ruled: bool = False,
         **settings: Any,
     ) -> None:
         """`cards`: the hosts with RDMA devices; `tcp`: those whose relays speak TCP. The others'
-        routers are of a version that doesn't know of TCP. `ruled`: connections enter TCP between
-        relays by the rule, otherwise all do.
+        routers are of a version that doesn't know of TCP; `verbs`: those that pair queue pairs with
+        others'. `ruled`: connections enter TCP between relays by the rule, otherwise all do.
         """
         self.size = size
         self.settings = settings
         self.cards = cards
         self.tcp = tcp
+        self.verbs = verbs
         self.rule = None if ruled else rule or Open()
         self.quota: float | None = None
         """Processors that each container may use."""
@@ -772,11 +784,14 @@ class World:
                 and lent.paired
                 and peer.paired
                 and not peer.left
+                and not peer.queue_pair
             ):
                 peer.leaves = peer.left = True
                 reached.answer(relay_wire.Number(RelayKind.LEFT, peer.number))
             else:
                 host.severed.add((lent.arena, lent.slot))
+                if reached is not None and peer is not None and not peer.broken:
+                    reached.break_it(peer)
         old.alive = False
         host.relay = FakeRelay(self, host)
         host.start()
@@ -869,13 +884,13 @@ class World:
         """The registry's end of a connection, while it is live."""
         host, *_, cookie = tcp.ends[side]
         for connection in host.remotes.connections:
-            if connection.end.cookie == cookie and connection.state.phase in LIVE:
+            if connection.end.key == cookie and connection.state.phase in LIVE:
                 return connection
         return None
 
     def check(self) -> None:
         """Assert what must hold at any time."""
-        by_cookie = {
+        by_cookie: dict[EndKey, tuple[Tcp, int]] = {
             end[4]: (tcp, side) for tcp in self.connections for side, end in enumerate(tcp.ends)
         }
         for host in self.hosts:
@@ -883,7 +898,9 @@ class World:
             for one in connections:
                 if one.state.phase not in LIVE or not one.state.peer_number:
                     continue
-                tcp, side = by_cookie[one.end.cookie]
+                if one.end.key not in by_cookie:
+                    continue
+                tcp, side = by_cookie[one.end.key]
                 there = tcp.ends[1 - side][0]
                 assert one.host.address == there.address
                 if one.host.instance != there.instance:
@@ -892,5 +909,5 @@ class World:
                 for other in there.remotes.connections:
                     if other.number == number and other.state.peer_number == one.number:
                         expected = tcp.ends[1 - side][4]
-                        assert other.end.cookie == expected, "two ends of two connections"
+                        assert other.end.key == expected, "two ends of two connections"
             assert connections.registered == sum(one.bytes for one in connections)

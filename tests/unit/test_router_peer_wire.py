@@ -28,6 +28,7 @@ EXAMPLES: Final[list[pw.Message]] = [
     ),
     pw.Owns({"n1": ("10.0.4.1", "fd00::1"), "n2": ()}),
     pw.Offer(1 << 62, "n1", "10.0.4.1:80", "[fd00::2]:40000"),
+    pw.VerbsOffer(8, "n1", "10.0.4.1", 4096, "fd00::2", 1 << 23, 2),
     pw.Leaves(1013, (1, 2)),
     pw.Waits(1012, (1, 2, 1 << 40)),
     pw.Withdraw(0),
@@ -73,11 +74,12 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
             relay_ring=65536,
             relay_encryption="all",
             tunnel_offload=False,
+            verbs=True,
         ),
-        b"\x8c\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
+        b"\x8d\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
         b"\xa4node\xa2n1\xa9data_path\xa9192.0.2.1\xa4rdma\xc3\xa4ring\xce\x00\x01\x00\x00"
         b"\xa5build\xa1b\xa5relay\xc3\xaarelay_ring\xce\x00\x01\x00\x00"
-        b"\xb0relay_encryption\xa3all\xaetunnel_offload\xc2",
+        b"\xb0relay_encryption\xa3all\xaetunnel_offload\xc2\xa5verbs\xc3",
     ),
     (
         pw.Owns({"net": ("10.0.1.2",)}),
@@ -87,6 +89,11 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
         pw.Offer(7, "net", "10.0.1.2:80", "[fd00::2]:5"),
         b"\x85\xa4type\xa5Offer\xa5offer\x07\xa7network\xa3net"
         b"\xa5local\xab10.0.1.2:80\xa6remote\xab[fd00::2]:5",
+    ),
+    (
+        pw.VerbsOffer(8, "net", "10.0.1.2", 4096, "fd00::2", 5, 2),
+        b"\x88\xa4type\xaaVerbsOffer\xa5offer\x08\xa7network\xa3net\xa3gid\xa810.0.1.2"
+        b"\xa3qpn\xcd\x10\x00\xa8peer_gid\xa7fd00::2\xa8peer_qpn\x05\xa7service\x02",
     ),
     (
         pw.Leaves(1013, (7,)),
