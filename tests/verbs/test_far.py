@@ -20,11 +20,10 @@ from testbed.relays import LOOPBACK, TCP
 from tests.dataplane.places import LIBRARY, compile_c
 from tests.relay.conftest import FAULTS, build
 from tests.relay.test_faults import kept_up
-from tests.verbs.conftest import HEADER
+from tests.verbs.conftest import HEADER, SECONDS
 from tests.verbs.far_router import FarRouter, far_router
 from tests.verbs.test_pair import PROGRAM, environment, free_port, listens, play
 
-SECONDS: Final = os.environ.get("TORTURE_SECONDS", "2")
 FAR: Final = Path(__file__).with_name("far.c")
 LEAST: Final = 64 << 10
 """Bytes of the smallest ring."""
