@@ -76,6 +76,7 @@ KINDS: Final = {
             "SOCKET",
             "USAGE",
             "EXPIRE",
+            "SHARE",
         ],
         1,
     )

@@ -18,6 +18,8 @@ enum {
         PEER = 0,
         BELL_BYTES = 2048, /* more than an honest process puts into a bell before it is emptied */
         HAS_DESCRIPTOR = -2,
+        PERIOD = 20 * 1000 * 1000, /* ns, from the time at which it begins to work for an arena */
+        WHOLE = 1000,
 };
 
 /* asm-generic/socket.h, since Linux 6.16. */
@@ -28,6 +30,7 @@ enum {
 static struct node buckets[BUCKETS];
 static struct node polled = LIST(polled);
 static struct node due = LIST(due);
+static uint64_t resume_at;
 static void (*wake)(struct mirror *mirror);
 
 void arenas_start(void (*woken)(struct mirror *mirror))
@@ -276,6 +279,38 @@ static void ring_due(struct shared *shared)
         for (uint32_t word = 0; word < BELL_WORDS; word++)
                 for (; shared->due_bells[word]; shared->due_bells[word] &= shared->due_bells[word] - 1)
                         ring(shared, word * 64 + (uint32_t)__builtin_ctzll(shared->due_bells[word]));
+}
+
+void arena_set_share(struct shared *shared, uint32_t share)
+{
+        shared->share = share < WHOLE ? share : 0;
+        shared->works_until = shared->rests_until = 0;
+}
+
+bool arena_rests(struct shared *shared)
+{
+        uint64_t present = shared->share ? now() : 0;
+
+        if (present < shared->works_until || !shared->share)
+                return false;
+        if (present < shared->rests_until) {
+                if (!resume_at || shared->rests_until < resume_at)
+                        resume_at = shared->rests_until;
+                return true;
+        }
+        shared->works_until = present + (uint64_t)shared->share * (PERIOD / WHOLE);
+        shared->rests_until = present + PERIOD;
+        return false;
+}
+
+uint64_t arenas_resume_at(uint64_t present)
+{
+        uint64_t time = resume_at;
+
+        /* After it, a turn finds again who still rests. */
+        if (present >= time)
+                resume_at = 0;
+        return time;
 }
 
 void arena_remove(struct shared *shared)

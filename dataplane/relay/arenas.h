@@ -24,6 +24,8 @@ struct shared {
         bool guarded; /* the kernel refuses descriptors that are sent to the relay's bell */
         int memory;
         uint32_t size_of_ring;
+        uint32_t share; /* thousandths of the time in which the relay works for it; 0: all of it */
+        uint64_t works_until, rests_until; /* ns */
         size_t size;
         unsigned char *base;
         int bells[BELLS];               /* sending ends of side 0's; -1: not known */
@@ -41,6 +43,12 @@ struct shared *arena_add(uint64_t id, uint64_t owner, uint32_t size_of_ring, int
 struct shared *arena_find(uint64_t id);
 /* R_BELL; takes over the descriptor. */
 void arena_set_bell(struct shared *shared, uint32_t index, int bell);
+/* R_SHARE. */
+void arena_set_share(struct shared *shared, uint32_t share);
+/* The relay does not send for it now, and takes no note of what its process has taken. */
+bool arena_rests(struct shared *shared);
+/* When the first of those that were found to rest is served again; 0: there are none. */
+uint64_t arenas_resume_at(uint64_t present);
 /* No connection may be in it any more. */
 void arena_remove(struct shared *shared);
 /* Checks the arenas whose processes cannot ring yet. True: one of them had work. */

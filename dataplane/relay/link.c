@@ -385,7 +385,7 @@ static uint64_t add_blocks(struct lane *lane, struct wire_message *message)
                 part->credit -= (int64_t)more;
                 cost += more;
                 /* The rest waits until the process's other connections had their turn. */
-                if (mirror_has_work(mirror))
+                if (mirror_has_work(mirror) && !mirror_rests(mirror))
                         list_add(&part->queue, &mirror->queued);
         }
         return cost;

@@ -110,6 +110,12 @@ static bool turn(void)
         return any;
 }
 
+/* Of two times; 0: never. */
+static uint64_t earlier(uint64_t one, uint64_t other)
+{
+        return !one || (other && other < one) ? other : one;
+}
+
 /* Does what is due. Returns when the next tick is due; 0: none is. */
 static uint64_t tick(uint64_t present)
 {
@@ -122,8 +128,7 @@ static uint64_t tick(uint64_t present)
         uint64_t first = 0;
 
         for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-                if (all[i] && (!first || all[i] < first))
-                        first = all[i];
+                first = earlier(first, all[i]);
         return first;
 }
 
@@ -192,6 +197,8 @@ static void sleep_now(void)
         /* Work that arrived before bells and transport were armed would not wake us. */
         if (!mirrors_make_idle() || !transports_arm())
                 return;
+        /* Some rest that did not at the tick. */
+        due = earlier(due, arenas_resume_at(start));
         /* Ticks and connections that became idle may have made bells due. */
         arenas_ring();
         if (relay.stop_at && (!due || due > start + 1000000))

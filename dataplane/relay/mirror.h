@@ -185,6 +185,12 @@ static inline void mirror_use(struct mirror *m, enum relay_usage_value value, ui
         usage_add(&m->link->usage, value, more);
 }
 
+/* Is it not to be served now? It stays active then, and is scanned again later. */
+static inline bool mirror_rests(const struct mirror *m)
+{
+        return m->state == MIRROR_PAIRED && m->shared && arena_rests(m->shared);
+}
+
 /* It has something to send. False: the link is down. */
 static inline bool mirror_enqueue(struct mirror *m)
 {

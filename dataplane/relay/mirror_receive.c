@@ -169,7 +169,7 @@ void mirror_receive(struct mirror *m, const struct wire_block *block)
                 receive_dropped(m);
         if (block->flags & WIRE_GONE)
                 m->peer_gone = true;
-        if (mirror_has_work(m))
+        if (mirror_has_work(m) && !mirror_rests(m))
                 mirror_enqueue(m);
         mirror_try_release(m);
 }

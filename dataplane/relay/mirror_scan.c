@@ -122,7 +122,7 @@ static bool scan_source(struct source *source)
                         list_begin(&source->active, node);
                         break;
                 }
-                if (list_holds(&m->queued))
+                if (list_holds(&m->queued) || mirror_rests(m))
                         continue;
                 mirror_scan(m);
                 if (mirror_has_work(m) && mirror_enqueue(m)) {
@@ -153,8 +153,11 @@ static bool make_source_idle(struct source *source)
 {
         bool all = true;
 
-        EACH(node, &source->active)
-                all = make_idle(OF(node, struct mirror, active)) && all;
+        EACH(node, &source->active) {
+                struct mirror *m = OF(node, struct mirror, active);
+
+                all = (mirror_rests(m) || make_idle(m)) && all;
+        }
         return all;
 }
 
@@ -192,7 +195,8 @@ static bool scan_lazy(void)
         return any;
 }
 
-uint64_t mirrors_scan_tick(uint64_t present)
+/* When lazy connections are to be looked at again; 0: there are none. */
+static uint64_t lazy_tick(uint64_t present)
 {
         if (!list_holds(&mirrors.lazy) && !arenas_need_polls()) {
                 tick_at = 0;
@@ -209,4 +213,11 @@ uint64_t mirrors_scan_tick(uint64_t present)
         if (!tick_at)
                 tick_at = present + tick_gap * MS;
         return tick_at;
+}
+
+uint64_t mirrors_scan_tick(uint64_t present)
+{
+        uint64_t lazy = lazy_tick(present), resume = arenas_resume_at(present);
+
+        return !lazy || (resume && resume < lazy) ? resume : lazy;
 }

@@ -24,6 +24,8 @@
  *      R_ARENA arena + memfd, bell        ->  no answer; `bell`: receiving end of bell 0 of side 1
  *      R_BELL arena, index + bell         ->  no answer; sending end of a bell of side 0, which
  *                                             replaces an older one
+ *      R_SHARE arena, share               ->  no answer; the relay works for the arena in that part
+ *                                             of the time
  *      R_DISCARD arena                    ->  no answer; all its slots must be dropped
  *      R_SLOT connection, link,           ->
  *             arena, slot, user           <-  R_PLACED connection, error, text, place
@@ -94,6 +96,7 @@ enum relay_kind {
         R_SOCKET = 27,
         R_USAGE = 28,
         R_EXPIRE = 29,
+        R_SHARE = 30,
 };
 
 enum relay_transport {
@@ -181,7 +184,8 @@ struct relay_accept {
         uint8_t words[RELAY_WORDS];
 };
 
-/* R_ARENA: `value` is its size_of_ring; R_BELL: the index of the bell; R_DISCARD: 0 */
+/* R_ARENA: `value` is its size_of_ring; R_BELL: the index of the bell; R_SHARE: thousandths of the
+ * time, 0: all of it; R_DISCARD: 0 */
 struct relay_arena {
         struct relay_message message;
         uint32_t value;

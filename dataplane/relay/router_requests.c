@@ -151,6 +151,15 @@ static void do_bell(const void *data, int *descriptors)
         descriptors[0] = -1;
 }
 
+static void do_share(const void *data, UNUSED int *descriptors)
+{
+        const struct relay_arena *message = data;
+        struct shared *shared = arena_find(message->arena);
+
+        if (shared)
+                arena_set_share(shared, message->value);
+}
+
 static void do_discard(const void *data, UNUSED int *descriptors)
 {
         struct shared *shared = arena_find(((const struct relay_arena *)data)->arena);
@@ -266,6 +275,7 @@ static const struct {
     [R_UNLINK] = {sizeof(struct relay_number), do_unlink},
     [R_ARENA] = {sizeof(struct relay_arena), do_arena},
     [R_BELL] = {sizeof(struct relay_arena), do_bell},
+    [R_SHARE] = {sizeof(struct relay_arena), do_share},
     [R_DISCARD] = {sizeof(struct relay_arena), do_discard},
     [R_SLOT] = {sizeof(struct relay_slot), do_slot},
     [R_PAIR] = {sizeof(struct relay_accept), do_pair},

@@ -114,6 +114,7 @@ class RelayKind(IntEnum):
     SOCKET = 27
     USAGE = 28
     EXPIRE = 29
+    SHARE = 30
 
 
 codec: Final = Codec()
@@ -247,11 +248,16 @@ class RelayAccept(msgspec.Struct, frozen=True):
 
 
 @codec.message(
-    RelayKind.ARENA, RelayKind.BELL, RelayKind.DISCARD, order=("value", "arena", "owner")
+    RelayKind.ARENA,
+    RelayKind.BELL,
+    RelayKind.SHARE,
+    RelayKind.DISCARD,
+    order=("value", "arena", "owner"),
 )
 class RelayArena(msgspec.Struct, frozen=True):
-    """An arena. `value` is the size of its rings, the index of a bell, or 0, by the kind. `owner`
-    is the process, if the arena is new.
+    """An arena. `value` is the size of its rings, the index of a bell, the thousandths of the time
+    in which the relay works for it (0: all of it), or 0, by the kind. `owner` is the process, if
+    the arena is new.
     """
 
     kind: int

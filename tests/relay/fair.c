@@ -162,6 +162,18 @@ void arena_becomes_idle(struct shared *shared)
         (void)shared;
 }
 
+bool arena_rests(struct shared *shared)
+{
+        (void)shared;
+        return false;
+}
+
+uint64_t arenas_resume_at(uint64_t present)
+{
+        (void)present;
+        return 0;
+}
+
 bool arenas_poll(void)
 {
         return false;

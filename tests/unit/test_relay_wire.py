@@ -67,7 +67,7 @@ KINDS: Final = {
     "outcome": "CONNECTED DOWN PAIRED",
     "offer": "LINKED PLACED",
     "accept": "CONNECT PAIR",
-    "arena": "ARENA BELL DISCARD",
+    "arena": "ARENA BELL SHARE DISCARD",
     "open": "OPEN",
     "opened": "OPENED",
     "slot": "SLOT",
