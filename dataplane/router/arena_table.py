@@ -79,14 +79,17 @@ class ArenaTable:
                 side.hears = self._bells.make(side, 0)
         return arena
 
-    def of_relay(self, request: SlotEnd, ring: int) -> Arena:
+    def of_relay(self, end: SlotEnd, ring: int) -> Arena:
         """The arena of a process and the relay, with rings of so many bytes and a free slot.
+
+        Connections and queue pairs have arenas of their own: what the relay does for either is
+        known, and can be limited.
 
         Raises:
             KernelRefused: there is no memory for a new one.
         """
-        pair = (request.process, -ring)
-        return self._with_room(pair) or self._make_remote(request.namespace, pair, ring)
+        pair = (end.process, -ring if isinstance(end, ConnectionEnd) else -ring - 1)
+        return self._with_room(pair) or self._make_remote(end.namespace, pair, ring)
 
     def _make_remote(self, namespace: int, pair: tuple[int, int], ring: int) -> Arena:
         sides = (self._side(namespace), self._side(RELAY))

@@ -153,6 +153,11 @@ class Arena:
         return end, True
 
     @property
+    def has_queue_pairs(self) -> bool:
+        """Whether its slots are for queue pairs that a relay carries."""
+        return self.ring > 0 and self.pair[1] != -self.ring
+
+    @property
     def done(self) -> bool:
         """Whether nothing is in the arena and nothing will come into it."""
         users = self.sides[:1] if self.ring else self.sides

@@ -21,6 +21,7 @@ from dataplane.router.relay_gate import RelayGate
 from dataplane.router.relay_rule import Pair, Pauses
 from dataplane.router.relay_sampler import RelaySampler
 from dataplane.router.relay_use import RelayUse
+from dataplane.router.relay_wire import CONNECTION, QUEUE_PAIR
 from dataplane.router.remote import Remotes
 from dataplane.router.remote_connections import RemoteConnection, note_left
 from dataplane.router.remote_events import LIVE, Event, On, Transport
@@ -37,14 +38,23 @@ class Ruled:
         self._remotes = remotes
 
     def over_relay(self) -> Iterable[RemoteConnection]:
+        return self._over_relay(CONNECTION)
+
+    def queue_pairs(self) -> Iterable[RemoteConnection]:
+        return self._over_relay(QUEUE_PAIR)
+
+    def _over_relay(self, kind: int) -> list[RemoteConnection]:
         return [
             one
             for one in self._remotes.connections
-            if one.users is self._remotes.requests
+            if one.users.kind == kind
             and one.state.transport is Transport.RELAY
             and one.state.phase in LIVE
             and not one.state.leaving
         ]
+
+    def share(self, arena: int, part: int) -> None:
+        self._remotes.share(arena, part)
 
     def relayed(self) -> Mapping[Pair, int]:
         return Counter(

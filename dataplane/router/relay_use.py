@@ -18,6 +18,7 @@ from dataplane.router.library_wire import IPAddress
 from dataplane.router.limits import Share
 from dataplane.router.loop import Loop
 from dataplane.router.pairing import Pairing
+from dataplane.router.queue_pair_shares import BURST, QueuePairShares, QueuePairUse
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_rule import Pauses, Use, why_leave
 from dataplane.router.remote_connections import RemoteConnection
@@ -31,8 +32,6 @@ GATHER: Final = 0.1
 """Seconds from the relay's first answer to the last."""
 COUNTED: Final = 65536
 """Arenas and links whose counters are kept, though they do nothing."""
-BURST: Final = 3.0
-"""Seconds of its limit that a container may use at once."""
 QUOTA_AGE: Final = 30.0
 """Seconds for which a container's quota of the processor is not read again."""
 LEAST: Final = 0.25
@@ -51,6 +50,12 @@ class UseOwner(Protocol):
 
     def link_number(self, peer: IPAddress) -> int:
         """The relay's number of the link to a host."""
+
+    def queue_pairs(self) -> Iterable[RemoteConnection]:
+        """The queue pairs over the relays' TCP."""
+
+    def share(self, arena: int, part: int) -> None:
+        """Have the relay work for an arena in so many thousandths of the time."""
 
     def leave_relay(self, connections: Iterable[RemoteConnection], reason: Reason) -> None:
         """Bring connections back to TCP, and tell the other host why."""
@@ -115,6 +120,7 @@ class RelayUse:
         self._since: dict[tuple[int, IPAddress], float] = {}
         """When connections of a process with a host came to the relay."""
         self._shares: dict[int, Share] = {}
+        self._queue_pairs = QueuePairShares()
         self._quotas: dict[int, tuple[float, float | None]] = {}
         """Of containers, with the time at which they were read."""
         self.rates: dict[int, float] = {}
@@ -125,6 +131,7 @@ class RelayUse:
         self._counters.clear()
         self._dropped = False
         self.rates.clear()
+        self._queue_pairs.forget()
 
     def counted(self, arena: int, link: int, values: Mapping[str, int]) -> None:
         """The relay's counters of an arena (`link` is 0) or of a link (`arena` is 0)."""
@@ -169,7 +176,7 @@ class RelayUse:
         found: defaultdict[int, list[Mapping[str, float]]] = defaultdict(list)
         for (arena, _), of_arena in rates.items():
             known = self._pairing.arenas.get(arena)
-            if known is not None and known.ring:
+            if known is not None and known.ring and not known.has_queue_pairs:
                 found[known.pair[0]].append(of_arena)
         return {process: use_of(arenas) for process, arenas in found.items()}
 
@@ -209,13 +216,18 @@ class RelayUse:
             for connection in connections:
                 by_container[connection.end.namespace].append(connection)
         spent: defaultdict[int, float] = defaultdict(float)
+        by_queue_pairs: defaultdict[int, float] = defaultdict(float)
         for (arena, _), of_arena in rates.items():
             known = self._pairing.arenas.get(arena)
             if known is not None:
                 used = of_arena.get("cpu", 0.0) * seconds / 1e9
                 spent[known.sides[0].namespace] += used
+                if known.has_queue_pairs:
+                    by_queue_pairs[known.sides[0].namespace] += used
+        self._hold_back(owner, spent, by_queue_pairs, seconds)
         self._shares = {who: share for who, share in self._shares.items() if who in by_container}
-        self._quotas = {who: quota for who, quota in self._quotas.items() if who in by_container}
+        kept = {*by_container, *by_queue_pairs}
+        self._quotas = {who: quota for who, quota in self._quotas.items() if who in kept}
         for namespace, used in spent.items():
             container = self._pairing.containers.get(namespace)
             if container is not None:
@@ -229,6 +241,27 @@ class RelayUse:
                 )
                 del self._shares[namespace]
                 self._leave(owner, namespace, connections, Reason.LIMIT)
+
+    def _hold_back(
+        self,
+        owner: UseOwner,
+        spent: Mapping[int, float],
+        by_queue_pairs: Mapping[int, float],
+        seconds: float,
+    ) -> None:
+        """Have the relay rest for queue pairs for which it works too much."""
+        found: defaultdict[int, list[RemoteConnection]] = defaultdict(list)
+        for one in owner.queue_pairs():
+            found[one.end.namespace].append(one)
+        uses = {}
+        for namespace, some in found.items():
+            limit, used = self._limit_of(namespace, some[0].end.process), by_queue_pairs[namespace]
+            others = (spent[namespace] - used) / seconds
+            arenas = frozenset(one.arena.id for one in some)
+            uses[namespace] = QueuePairUse(max(limit - others, limit / 4), used, arenas)
+        parts = self._queue_pairs.divide(uses, seconds, self._loop.now())
+        for arena, part in parts.items():
+            owner.share(arena, part)
 
     def _is_too_much(self, namespace: int, one: RemoteConnection, used: float) -> bool:
         now = self._loop.now()

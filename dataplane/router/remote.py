@@ -23,8 +23,8 @@ from itertools import chain
 from typing import Final, Generic, TypeVar
 
 from dataplane.router import peer_wire, relay_wire
-from dataplane.router.arenas import Arena
 from dataplane.router.knowledge import KnownNetwork
+from dataplane.router.lent_arenas import LentArenas
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.link_table import LinkSockets
 from dataplane.router.links import KINDS, Links
@@ -52,7 +52,7 @@ SESSION_PATIENCE: Final = 30.0
 SessionsT = TypeVar("SessionsT", bound=PeerSessions)
 
 
-class Remotes(Generic[SessionsT]):
+class Remotes(LentArenas, Generic[SessionsT]):
     """A `RemotePairing`, `SessionUser` and `LinkOwner`."""
 
     def __init__(
@@ -72,10 +72,9 @@ class Remotes(Generic[SessionsT]):
         """`sessions` and `link_sockets` make these for their user. `tell_relay` is
         `RelayProcess.send`. `kinds`: the relay's numbers of transports.
         """
+        LentArenas.__init__(self, tell_relay, memory)
         self._pairing = pairing
         self._loop = loop
-        self._tell_relay = tell_relay
-        self._memory = memory
         self._hello_changed = hello_changed
         self.sessions = sessions(self)
         self.hosts = RemoteHosts(self.sessions, lambda: pairing.knowledge)
@@ -102,8 +101,6 @@ class Remotes(Generic[SessionsT]):
         self._stranded = StrandedQueuePairs(loop, self.hosts, self.links, self.connections)
         self.why = dict.fromkeys(Transport, "the router has just started")
         """Why the relay can't use a transport; "" if it can."""
-        self._lent: set[int] = set()
-        """Arenas that the relay has."""
 
     # --- networks, hosts and the device
 
@@ -242,26 +239,6 @@ class Remotes(Generic[SessionsT]):
     def leave(self, connection: int) -> None:
         """Bring a connection back to TCP."""
         self.connections.step_number(connection, Event(On.LEAVE_PATH, reason=Reason.REMOTE_OFF))
-
-    def bell_made(self, arena: int, index: int, descriptor: int) -> None:
-        """Give the relay a bell of a process."""
-        if arena in self._lent:
-            self._tell_relay(relay_wire.RelayArena(RelayKind.BELL, arena, index), (descriptor,))
-
-    def arena_made(self, arena: Arena, bell: int) -> None:
-        """Give the relay an arena, with the receiving end of its bell 0."""
-        try:
-            self._lent.add(arena.id)
-            message = relay_wire.RelayArena(RelayKind.ARENA, arena.id, arena.ring, arena.pair[0])
-            self._tell_relay(message, (arena.memory, bell))
-        finally:
-            self._memory.close_hearing(bell)
-
-    def arena_closed(self, arena: Arena) -> None:
-        """The relay doesn't need an arena any more."""
-        if arena.id in self._lent:
-            self._lent.remove(arena.id)
-            self._tell_relay(relay_wire.RelayArena(RelayKind.DISCARD, arena.id))
 
     # --- the relay
 
