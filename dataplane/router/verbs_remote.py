@@ -136,7 +136,7 @@ class RemoteQueuePairs:
         return self._match_of(request)
 
     def _assign(self, request: RemoteQueuePair) -> None:
-        """Assign a queue pair to the host that owns its peer's GID, if one does that can pair it."""
+        """Assign a queue pair to the host that owns its peer's GID, if that knows verbs."""
         record = request.local
         host = self._hosts.owner(record.network, record.peer_gid)
         if host is None or host.hello is None or not host.hello.verbs:
