@@ -109,7 +109,7 @@ def test_ping_pong(
     if shutil.which(PROGRAM) is None:
         pytest.skip(f"missing: {PROGRAM} (make setup)")
     with far_router(socket_path, relay, transport) as router:
-        said = play(library, socket_path, *options)
+        said = play(library, socket_path, [PROGRAM, "-g", "0", *options])
         router.await_releases(2)
         assert len(router.ends) == 2
         assert router.hosts[0].counts()["corrupt"] == 0
