@@ -7,8 +7,8 @@
 
 For `source` a container has the highest of its hashes with each task (rendezvous hashing, Thaler
 and Ravishankar, 1998). So when a task leaves, only its own clients move, evenly to all others. A
-remainder of one hash, as the kernel's `jhash` expression takes it, would move nearly all. A new
-task would still take its share of the clients of living ones; therefore the former choice holds.
+remainder of one hash, as the kernel's `jhash` expression takes it, would move nearly all. By hashes
+alone a new task would take clients from the others, so a container keeps its former choice.
 
 The network's option says how to balance, or the label `freeflow.balance` of a service, which
 managers know, or of its containers, which their host knows.

@@ -1,8 +1,8 @@
 """How much of the time the relay works for the queue pairs of a container that uses it too much.
 
-Connections of such a container go back to TCP. Queue pairs can't, so the relay rests for them: in
-so much of the time that what it does for them in the rest of it is what it may. There is no I/O and
-no clock here.
+Connections of such a container go back to TCP. Queue pairs can't, so the relay serves them for only
+a part of the time, which is made so small that the container stays within its limit. There is no
+I/O and no clock here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What wants a path to another host, and where it waits until both of its ends do.
+"""What wants a path to another host, and where it waits until both of its ends want one.
 
 These are requests for TCP connections (`remote_requests.py`) and queue pairs of verbs
 (`verbs_remote.py`). The follower offers its own to the leader. The leader matches them with its own

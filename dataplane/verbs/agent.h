@@ -1,16 +1,16 @@
 /* The thread that makes queue pairs go on while the program sleeps, or does something else.
  *
- * There is one in a process that has queue pairs. It sleeps until a bell rings: one for each arena
- * that has queue pairs of this process. The bell says which of them. Whoever polls in a loop makes
- * them go on, and rings nobody for nothing: as long as a program polls, the thread waits on no
- * ring, and only looks once in a while.
+ * here is one in a process that has queue pairs. It sleeps until a bell rings: one for each arena
+ * that has queue pairs of this process. The bell says for which of them. A program that polls in a
+ * loop makes them go on by itself. As long as it polls, the thread waits on no ring, so that no
+ * peer rings its bell in vain, and only checks them from time to time.
  *
  * After it has executed something it spins for a moment, if that has paid lately, since more may
  * come.
  *
- * A program that is about to sleep arms a completion queue first. By that it puts the thread's bell
- * to the rings of that queue's queue pairs: progress_arm(). So the thread need not be woken for
- * that.
+ * A program that is about to sleep arms a completion queue first. That registers the thread's bell
+ * with the rings of the queue pairs of that completion queue (progress_arm()), so the thread need
+ * not be woken to do it.
  */
 #ifndef FREEFLOW_AGENT_H
 #define FREEFLOW_AGENT_H

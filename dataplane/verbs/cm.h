@@ -1,9 +1,9 @@
 /* What connections of rdma_cm are made of.
  *
  * librdmacm writes the commands of the kernel's user interface (rdma/rdma_user_cm.h, version 4) to
- * /dev/infiniband/rdma_cm, and has events by one of them. Here that is an eventfd, and the library
- * executes what is written to it. An id is what a program and the kernel call a connection, before
- * there is one, or a listener.
+ * /dev/infiniband/rdma_cm, and reads events by one of these commands. Here that file is an eventfd,
+ * and the library executes what is written to it. An id is rdma_cm's name for a listener, or for a
+ * connection, also before it is made.
  *
  * What a program may do in which state, and what its peer is told, is as in the kernel's
  * drivers/infiniband/core/{ucma,cma,cm}.c, for a device with RoCE.

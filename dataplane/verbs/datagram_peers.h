@@ -9,11 +9,11 @@
  *                             v  | refused, or no answer
  *                            NOBODY, for a while
  *
- * That a slot between hosts has ended its rings say. It is used no more then, and another one is
- * asked for.
+ * The rings of a slot between hosts show when it has ended. It is not used any more then, and the
+ * next datagram asks for another one.
  *
- * Nobody waits for others for long. Datagrams wait for a moment while their peer is asked for, and
- * while its ring is full; after that they are lost until it is there or takes some.
+ * No datagram waits for long. It waits for a moment while its peer is asked for, and while the
+ * peer's ring is full. After that datagrams are lost until the peer is there, or takes some.
  *
  * The payload of a record to one queue pair is the message. To a group (DATAGRAM_GROUP), the
  * group's GID is in front of it. In the process's own ring both GIDs are, whatever it is for.

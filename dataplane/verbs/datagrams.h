@@ -1,12 +1,11 @@
 /* Queue pairs of type UD (IBV_QPT_UD): datagrams from their send queues into the rings of peers,
  * and from those into receives.
  *
- * A datagram is lost that nobody takes: because there is no such queue pair, or it has another
- * Q_Key, or too small a receive. One for which there is no receive stays in its ring for a moment;
- * if none comes then, those for that queue pair are lost at once until it has one.
+ * A datagram is lost if there is no such queue pair, or if that has another Q_Key or too small a
+ * receive. A datagram for which there is no receive stays in its ring for a moment. If none is
+ * posted by then, datagrams for that queue pair are lost at once until one is.
  *
- * In front of each message a receive gets a header (struct ibv_grh) that says from and to which GID
- * it went.
+ * In front of each message a receive gets a header (struct ibv_grh) with the GIDs of both sides.
  *
  * Mutexes, in this order: `receiving` of a peer, that of a list here, those of queue pairs.
  */

@@ -1,8 +1,8 @@
 /* Multicast groups: which queue pairs of this process are in one, and which other processes have
- * some. Who sends to a group puts one record into the ring of each such process, which gives it to
+ * some. A sender to a group puts one record into the ring of each such process, which gives it to
  * all of its own.
  *
- * The router says where a group's members are, from when somebody sends to it on.
+ * From the first datagram to a group on, the router says where the group's members are.
  */
 #ifndef FREEFLOW_GROUPS_H
 #define FREEFLOW_GROUPS_H

@@ -1,8 +1,8 @@
 /* Messages to the router that its socket has had no room for.
  *
- * The router stops reading a process that does not read its answers. So nobody may wait for room
- * with a lock that others need to read: such messages are kept here, and sent later in their order.
- * They go with the socket that they are for.
+ * The router stops reading from a process that does not read its answers. So no thread may wait for
+ * room while it holds a lock that others need for reading. Such messages are kept here, and sent
+ * later in their order. When the socket that they are for is lost, they are dropped.
  */
 #ifndef FREEFLOW_OUTBOX_H
 #define FREEFLOW_OUTBOX_H

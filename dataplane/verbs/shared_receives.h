@@ -1,9 +1,9 @@
 /* Shared receive queues: receives that whichever queue pair needs one takes.
  *
- * The receives are promised to nobody: each queue pair tells its other side of all that are there.
- * So a message may come for which there is none any more. It waits at the head of its ring, and its
- * queue pair, which is hungry from then on, tells the other side that there are fewer. Whoever
- * posts receives makes those that are hungry go on.
+ * No receive is reserved for a queue pair: each one tells its other side of all that are there. So
+ * a message may come when none is left. It waits at the head of its ring. Its queue pair is hungry
+ * from then on, which means that it waits for a receive, and tells the other side that there are
+ * fewer. A thread that posts receives makes the hungry queue pairs continue.
  */
 #ifndef FREEFLOW_SHARED_RECEIVES_H
 #define FREEFLOW_SHARED_RECEIVES_H
