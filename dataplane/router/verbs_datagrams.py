@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router.arena_table import ArenaTable
@@ -34,7 +34,12 @@ from dataplane.router.verbs_wire import (
 BETWEEN: Final = 1024
 """Slots for datagrams between two containers."""
 UNASKED: Final = 128
-"""Slots for datagrams that the processes of one container ask of one process."""
+"""Slots for datagrams that the processes of one container ask of one process, or that one gets
+because it sends to groups in which they are.
+"""
+OTHERS: Final = 7 * UNASKED
+"""The same of all containers: a library has places for 1024 (dataplane/verbs/datagram_peers.h), and
+some are left for those that its own program asks for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,14 +65,13 @@ class DatagramSlot:
     network: str
     ends: tuple[DatagramEnd, DatagramEnd]
     """By side."""
-    asker: DatagramEnd
-
-    @property
-    def asked(self) -> DatagramEnd:
-        """The end that has not asked for it."""
-        return self.ends[1] if self.asker is self.ends[0] else self.ends[0]
+    imposed: tuple[tuple[int, int], ...]
+    """A namespace, and the process that has the slot because of it: the one that didn't ask; of a
+    group also the one that sends to it, because of the members of another container.
+    """
 
 
+Key = TypeVar("Key")
 SlotName = tuple[str, tuple[int, IPAddress], tuple[int, IPAddress]]
 """A network, and both ends' process and GID; the older process comes first."""
 
@@ -99,7 +103,9 @@ class Datagrams:
         self.between: Counter[frozenset[int]] = Counter()
         """Slots by their two namespaces."""
         self.unasked: Counter[tuple[int, int]] = Counter()
-        """Slots by the namespace that asked, and the process that didn't."""
+        """Slots by a namespace, and the process that has them because of it."""
+        self.others: Counter[int] = Counter()
+        """The same by process."""
         self.refused: Counter[Reason] = Counter()
         self.ended: Callable[[DatagramSlot], None] = lambda _: None
         """Called after a slot has ended."""
@@ -192,10 +198,13 @@ class Datagrams:
         peer: VerbsProcess,
         peer_gid: IPAddress,
         request: int,
+        *,
+        of_group: bool = False,
     ) -> DatagramSlot | Reason:
         """The slot from a GID of a process to one of another process; a new one if need be.
 
-        `request`: what a new one's grant says to the process that asks.
+        `request`: what a new one's grant says to the process that asks. `of_group`: it sends to a
+        group, and the other one has joined that.
         """
         network = self._registry.knowledge.network_of(opened.namespace, gid)
         assert network is not None
@@ -206,7 +215,10 @@ class Datagrams:
         name = _name(network.id, asker, asked)
         if name in self.slots:
             return self.slots[name]
-        if self._is_too_much(asker, asked):
+        imposed = [(asker.namespace, asked.process)]
+        if of_group and asker.namespace != asked.namespace:
+            imposed.append((asked.namespace, asker.process))
+        if self._is_too_much(asker, asked, imposed):
             return Reason.LIMIT
         ends = (asker, asked) if asker.process < asked.process else (asked, asker)
         number = next(self._numbers)
@@ -216,7 +228,7 @@ class Datagrams:
             arena, place = self._slots.take(*ends)
         except KernelRefused:
             return Reason.MEMORY
-        made = DatagramSlot(number, network.id, ends, asker)
+        made = DatagramSlot(number, network.id, ends, tuple(imposed))
         self.slots[name] = made
         self._count(made, 1)
         for side, end in enumerate(ends):
@@ -227,27 +239,26 @@ class Datagrams:
         self._slots.hand_out(arena, first, second)
         return made
 
-    def _is_too_much(self, asker: DatagramEnd, asked: DatagramEnd) -> bool:
+    def _is_too_much(
+        self, asker: DatagramEnd, asked: DatagramEnd, imposed: Sequence[tuple[int, int]]
+    ) -> bool:
         registry = self._registry
         one, other = asker.namespace, asked.namespace
         ends = Counter((one, other))
         return (
             self.between[frozenset((one, other))] >= BETWEEN
-            or self.unasked[one, asked.process] >= UNASKED
+            or any(self.unasked[each] >= UNASKED for each in imposed)
+            or any(self.others[process] >= OTHERS for _, process in imposed)
             or not registry.outbox.has_room(asked.process)
             or registry.share_too_much(one, other)
             or any(registry.is_full(namespace, more) for namespace, more in ends.items())
         )
 
     def _count(self, slot: DatagramSlot, more: int) -> None:
-        between = frozenset((slot.asker.namespace, slot.asked.namespace))
-        unasked = slot.asker.namespace, slot.asked.process
-        self.between[between] += more
-        self.unasked[unasked] += more
-        if not self.between[between]:
-            del self.between[between]
-        if not self.unasked[unasked]:
-            del self.unasked[unasked]
+        add(self.between, frozenset(end.namespace for end in slot.ends), more)
+        for namespace, process in slot.imposed:
+            add(self.unasked, (namespace, process), more)
+            add(self.others, process, more)
 
     def _message(self, slot: DatagramSlot, side: int, request: int) -> VerbsGrant:
         own, peer = slot.ends[side], slot.ends[1 - side]
@@ -295,8 +306,8 @@ class Datagrams:
         del self.slots[_name(slot.network, *slot.ends)]
         self._count(slot, -1)
         if reason is not Reason.PEER_CLOSED:
-            assert slot.asker.place is not None
-            arena, place, _ = slot.asker.place
+            assert slot.ends[0].place is not None
+            arena, place, _ = slot.ends[0].place
             self._memory.sever(arena.memory, place)
         for end in slot.ends:
             end.slot = None
@@ -332,3 +343,10 @@ def _name(network: str, one: DatagramEnd, other: DatagramEnd) -> SlotName:
     if other.process < one.process:
         one, other = other, one
     return network, (one.process, one.gid), (other.process, other.gid)
+
+
+def add(counter: Counter[Key], key: Key, more: int) -> None:
+    """Change a counter, in which zeros are not kept."""
+    counter[key] += more
+    if not counter[key]:
+        del counter[key]

@@ -6,6 +6,8 @@ that sends to a group is told of these slots, at once and as processes join and 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -13,12 +15,19 @@ from typing import Final
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.reasons import Reason
 from dataplane.router.registry import Registry
-from dataplane.router.verbs_datagrams import Datagrams, DatagramSlot
+from dataplane.router.verbs_datagrams import BETWEEN, UNASKED, Datagrams, DatagramSlot, add
 from dataplane.router.verbs_pairing import VerbsProcess
 from dataplane.router.verbs_wire import VerbsDatagrams, VerbsKind
 
 GROUPS: Final = 1024
 """Groups of one process: each that a queue pair has joined, or that it sends to from a GID."""
+OF_CONTAINER: Final = 16384
+"""The same of all processes of a container."""
+SENDERS: Final = UNASKED
+"""Senders of one container to one group: no member gets slots for more of them."""
+SOUGHT: Final = 5
+"""A member whose slot is new to a sender counts as so many messages of who has made it so. One that
+is known, or can't be reached, counts as one."""
 
 AT_ONCE: Final = 500
 """Slots that are tried again at a tick."""
@@ -61,6 +70,47 @@ class Group:
     """By process."""
     senders: dict[tuple[int, IPAddress], GroupSender] = field(default_factory=dict)
     """By process and GID."""
+    senders_of: Counter[int] = field(default_factory=Counter)
+    """By namespace."""
+
+
+class GroupRetries:
+    """Senders and members that could not get a slot, or lost it: when to try again."""
+
+    def __init__(self) -> None:
+        self._due: dict[tuple[GroupSender, GroupMember], float] = {}
+        """The earliest first."""
+        self.between: Counter[frozenset[int]] = Counter()
+        """By the two containers."""
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def add(self, sender: GroupSender, member: GroupMember, due: float) -> bool:
+        """Try again then; `due` never falls. False: the two containers have too many of these."""
+        between = _containers(sender, member)
+        if self.between[between] >= BETWEEN:
+            return False
+        self.between[between] += 1
+        self._due[sender, member] = due
+        return True
+
+    def drop(self, sender: GroupSender, member: GroupMember) -> None:
+        """Don't try again."""
+        if self._due.pop((sender, member), None) is not None:
+            add(self.between, _containers(sender, member), -1)
+
+    def take(self, now: float, most: int) -> Iterator[tuple[GroupSender, GroupMember]]:
+        """Those that are due by now, so many at most; each is not to be tried again."""
+        for (sender, member), due in list(islice(self._due.items(), most)):
+            if due > now:
+                return
+            self.drop(sender, member)
+            yield sender, member
+
+
+def _containers(sender: GroupSender, member: GroupMember) -> frozenset[int]:
+    return frozenset((sender.opened.namespace, member.opened.namespace))
 
 
 class Groups:
@@ -73,24 +123,26 @@ class Groups:
         self.groups: dict[GroupName, Group] = {}
         self._uses: dict[int, dict[GroupUse, None]] = {}
         """By process."""
-        self._due: dict[tuple[GroupSender, GroupMember], float] = {}
-        """Those that could not get a slot, or lost it: when to try again; the earliest first."""
+        self._of_container: Counter[int] = Counter()
+        """The same by namespace."""
+        self._due = GroupRetries()
+        self._told_of: dict[int, dict[GroupSender, int]] = {}
+        """Who was told of a slot, by its number, and the process that it leads to."""
 
     # --- members
 
-    def join(self, process_id: int, message: VerbsDatagrams) -> None:
-        """A queue pair joins a group or leaves it.
+    def join(self, process_id: int, message: VerbsDatagrams) -> int:
+        """A queue pair joins a group or leaves it. As how many messages that counts.
 
         Raises:
             WrongMessage: the process has not sent V_OPEN.
         """
         use = self._use(process_id, message, message.qpn)
         if use is None:
-            return
+            return 0
         name, _ = use
         if not message.on:
-            self._leave(process_id, use)
-            return
+            return self._leave(process_id, use)
         opened = self._datagrams.opened(process_id)
         group = self.groups.setdefault(name, Group())
         member = group.members.get(process_id)
@@ -99,8 +151,7 @@ class Groups:
             assert gid is not None
             member = group.members[process_id] = GroupMember(name, opened, gid)
         member.queue_pairs.add(message.qpn)
-        for sender in group.senders.values():
-            self._tell(sender, member)
+        return sum(self._tell(sender, member) for sender in group.senders.values())
 
     def _use(
         self, process_id: int, message: VerbsDatagrams, of: int | IPAddress | None
@@ -118,42 +169,66 @@ class Groups:
             network = self._registry.knowledge.network_of(opened.namespace, gid)
             assert network is not None
             use = (network.id, mgid), of
-            if not message.on or use in of_process or len(of_process) < GROUPS:
-                if message.on:
-                    self._uses.setdefault(process_id, {})[use] = None
+            if not message.on or use in of_process:
+                return use
+            if not self._is_too_much(opened, use):
+                self._uses.setdefault(process_id, {})[use] = None
+                self._of_container[opened.namespace] += 1
                 return use
             reason = Reason.LIMIT
         self._datagrams.refuse(process_id, message, reason)
         return None
 
-    def _leave(self, process_id: int, use: GroupUse) -> None:
-        """End what a process has begun, if it has."""
+    def _is_too_much(self, opened: VerbsProcess, use: GroupUse) -> bool:
+        name, of = use
+        group = self.groups.get(name)
+        return (
+            len(self._uses.get(opened.id, ())) >= GROUPS
+            or self._of_container[opened.namespace] >= OF_CONTAINER
+            or (
+                not isinstance(of, int)
+                and group is not None
+                and group.senders_of[opened.namespace] >= SENDERS
+            )
+        )
+
+    def _leave(self, process_id: int, use: GroupUse) -> int:
+        """End what a process has begun, if it has. As how many messages that counts."""
         of_process = self._uses.get(process_id, {})
         if use not in of_process:
-            return
+            return 0
         del of_process[use]
         if not of_process:
             del self._uses[process_id]
+        namespace = self._datagrams.opened(process_id).namespace
+        add(self._of_container, namespace, -1)
         name, of = use
         group = self.groups[name]
+        others = 0
         if isinstance(of, int):
             member = group.members[process_id]
             member.queue_pairs.remove(of)
             if not member.queue_pairs:
                 del group.members[process_id]
+                others = len(group.senders)
                 for sender in group.senders.values():
                     self._untell(sender, member)
         else:
             sender = group.senders.pop((process_id, of))
+            add(group.senders_of, namespace, -1)
+            self._forget_told(sender)
+            others = len(group.members)
             for member in group.members.values():
-                self._due.pop((sender, member), None)
+                self._due.drop(sender, member)
         if not group.members and not group.senders:
             del self.groups[name]
+        return others
 
     # --- senders
 
-    def send_to(self, process_id: int, message: VerbsDatagrams) -> None:
-        """A process sends to a group from one of its GIDs, or sends no more.
+    def send_to(self, process_id: int, message: VerbsDatagrams) -> int:
+        """A process sends to a group from one of its GIDs, or sends no more. As how many messages
+        that counts.
 
         Raises:
             WrongMessage: the process has not sent V_OPEN.
@@ -161,39 +236,67 @@ class Groups:
         opened = self._datagrams.opened(process_id)
         use = self._use(process_id, message, opened.device.gid(message.gid_index))
         if use is None:
-            return
+            return 0
         name, gid = use
         if not message.on:
-            self._leave(process_id, use)
-            return
+            return self._leave(process_id, use)
         assert not isinstance(gid, int)
         group = self.groups.setdefault(name, Group())
         key = process_id, gid
-        sender = group.senders.setdefault(key, GroupSender(name, opened, gid))
-        sender.told.clear()
-        for member in group.members.values():
-            self._tell(sender, member, message.request)
+        sender = group.senders.get(key)
+        if sender is None:
+            sender = group.senders[key] = GroupSender(name, opened, gid)
+            group.senders_of[opened.namespace] += 1
+        self._forget_told(sender)
+        count = sum(self._tell(sender, each, message.request) for each in group.members.values())
         self._say(sender, 0, True, message.request)
+        return count
 
-    def _tell(self, sender: GroupSender, member: GroupMember, request: int = 0) -> None:
-        """Tell a sender of the slot by which it reaches a member; later, if there is none now."""
+    def _tell(self, sender: GroupSender, member: GroupMember, request: int = 0) -> int:
+        """Tell a sender of the slot by which it reaches a member; later, if there is none now. As
+        how many messages that counts.
+        """
         if sender.opened is member.opened:
-            return
+            return 0
         if not self._registry.outbox.has_room(sender.opened.id):
             found: DatagramSlot | Reason = Reason.LIMIT
         else:
-            found = self._datagrams.slot(sender.opened, sender.gid, member.opened, member.gid, 0)
+            found = self._datagrams.slot(
+                sender.opened, sender.gid, member.opened, member.gid, 0, of_group=True
+            )
+        process = member.opened.id
+        self._due.drop(sender, member)
         if isinstance(found, Reason):
-            self._due[sender, member] = self._registry.clock() + AGAIN
-        elif sender.told.get(member.opened.id) != found.number:
-            sender.told[member.opened.id] = found.number
+            self._try_again(sender, member, found)
+        elif sender.told.get(process) != found.number:
+            sender.told[process] = found.number
+            self._told_of.setdefault(found.number, {})[sender] = process
             self._say(sender, found.number, True, request)
+            return SOUGHT
+        return 1
+
+    def _try_again(self, sender: GroupSender, member: GroupMember, reason: Reason) -> None:
+        """A moment later, unless the two containers have too many of these: then not at all."""
+        if not self._due.add(sender, member, self._registry.clock() + AGAIN):
+            self._datagrams.refused[reason] += 1
 
     def _untell(self, sender: GroupSender, member: GroupMember) -> None:
-        self._due.pop((sender, member), None)
+        self._due.drop(sender, member)
         number = sender.told.pop(member.opened.id, None)
         if number is not None:
+            self._forget_slot(sender, number)
             self._say(sender, number, False)
+
+    def _forget_told(self, sender: GroupSender) -> None:
+        for number in sender.told.values():
+            self._forget_slot(sender, number)
+        sender.told.clear()
+
+    def _forget_slot(self, sender: GroupSender, number: int) -> None:
+        senders = self._told_of[number]
+        del senders[sender]
+        if not senders:
+            del self._told_of[number]
 
     def _say(self, sender: GroupSender, number: int, on: bool, request: int = 0) -> None:
         index = sender.opened.device.index_of(sender.gid) or 0
@@ -204,16 +307,9 @@ class Groups:
 
     def _slot_ended(self, slot: DatagramSlot) -> None:
         """Its processes were told. Those that are still in a group get another one later."""
-        for end, other in (slot.ends, slot.ends[::-1]):
-            for name, gid in self._uses.get(end.process, ()):
-                if gid != end.gid:
-                    continue
-                group = self.groups[name]
-                sender = group.senders[end.process, end.gid]
-                if sender.told.get(other.process) == slot.number:
-                    del sender.told[other.process]
-                    member = group.members[other.process]
-                    self._due[sender, member] = self._registry.clock() + AGAIN
+        for sender, process in self._told_of.pop(slot.number, {}).items():
+            del sender.told[process]
+            self._try_again(sender, self.groups[sender.name].members[process], Reason.LIMIT)
 
     def closed(self, process_id: int, qpn: int) -> None:
         """A queue pair takes no datagrams any more: it leaves its groups."""
@@ -243,9 +339,5 @@ class Groups:
 
     def sweep(self) -> None:
         """Try again what could not be done."""
-        now = self._registry.clock()
-        for pair, due in list(islice(self._due.items(), AT_ONCE)):
-            if due > now:
-                return
-            del self._due[pair]
-            self._tell(*pair)
+        for sender, member in self._due.take(self._registry.clock(), AT_ONCE):
+            self._tell(sender, member)

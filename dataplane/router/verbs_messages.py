@@ -42,8 +42,7 @@ def handle(pairing: Pairing, process: int, message: Message | VerbsMessage) -> i
         case VerbsStatus():
             pairing.verbs.status(process, message)
         case VerbsDatagrams():
-            _datagrams(pairing, process, message)
-            cost = REQUEST
+            cost = REQUEST + _datagrams(pairing, process, message)
         case VerbsListen():
             pairing.verbs_connections.listen(process, message)
         case VerbsConnection():
@@ -54,15 +53,17 @@ def handle(pairing: Pairing, process: int, message: Message | VerbsMessage) -> i
     return cost
 
 
-def _datagrams(pairing: Pairing, process: int, message: VerbsDatagrams) -> None:
+def _datagrams(pairing: Pairing, process: int, message: VerbsDatagrams) -> int:
+    """As how many more messages it counts."""
     match message.kind:
         case VerbsKind.GROUP:
-            pairing.groups.join(process, message)
+            return pairing.groups.join(process, message)
         case VerbsKind.DATAGRAM_PEER if message.gid is not None and message.gid.is_multicast:
-            pairing.groups.send_to(process, message)
+            return pairing.groups.send_to(process, message)
         case VerbsKind.DATAGRAM_PEER:
             pairing.datagrams.ask(process, message)
         case _:
             pairing.datagrams.open(process, message)
             if not message.on:
                 pairing.groups.closed(process, message.qpn)
+    return 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Address
+
 import pytest
 
 from dataplane.control import Limits
 from dataplane.errors import WrongMessage
-from dataplane.router import verbs_datagrams, verbs_groups
+from dataplane.router import verbs_datagrams, verbs_groups, verbs_messages
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.reasons import Reason
 from dataplane.router.verbs_devices import RANGE
@@ -316,4 +318,126 @@ def test_groups_of_networks(world: VerbsWorld) -> None:
     assert isinstance(told, VerbsDatagrams)
     assert not told.on
     assert isinstance(ended, VerbsRefuse)
+    clean(world)
+
+
+# --- groups of hostile containers
+
+
+def test_senders_and_uses_have_limits(world: VerbsWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a container send to a group, and are in groups, only so often."""
+    monkeypatch.setattr(verbs_groups, "SENDERS", 1)
+    monkeypatch.setattr(verbs_groups, "OF_CONTAINER", 3)
+    one, more, other = (UdModel.open(world, number) for number in (1, 1, 2))
+    one.send_to(5)
+    more.send_to(6)
+    assert more.read() == [VerbsRefuse(VerbsKind.DATAGRAM_PEER, 6, 0, Reason.LIMIT)]
+    one.send_to(7)
+    assert one.read() == [no_more(5), no_more(7)]
+    one.join()
+    more.join()
+    more.join(IPv4Address("239.1.2.4"))
+    assert more.read()[1:] == [VerbsRefuse(VerbsKind.GROUP, 0, more.qpn, Reason.LIMIT)]
+    other.send_to(8)
+    assert [each for each in other.read() if each == no_more(8)]
+    more.join(on=False)
+    more.join(IPv4Address("239.1.2.4"))
+    assert not [each for each in more.read() if isinstance(each, VerbsRefuse)]
+    clean(world)
+
+
+def test_slots_that_can_not_be_had_are_bounded(
+    world: VerbsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two containers' senders and members that can't get a slot so many are tried again, however
+    many there are.
+    """
+    monkeypatch.setattr(verbs_groups, "BETWEEN", 4)
+    world.memory.refuses = True
+    members = [UdModel.open(world, 2) for _ in range(4)]
+    for number in range(4):
+        UdModel.open(world, 1).send_to(number)
+    for _ in range(3):
+        for member in members:
+            member.join()
+    assert len(world.pairing.groups._due) == 4
+    world.memory.refuses = False
+    world.now += 2
+    world.pairing.sweep(100)
+    assert len(world.pairing.datagrams.slots) == 4
+    clean(world)
+
+
+def test_nobody_holds_up_those_who_wait_for_a_slot(world: VerbsWorld) -> None:
+    """Whoever joins again and again waits for its slot anew, and nobody else does."""
+    world.memory.refuses = True
+    hostile, one, other = (UdModel.open(world, number) for number in (1, 2, 3))
+    other.send_to(5)
+    hostile.join()
+    one.join()
+    other.read()
+    world.now += 0.6
+    hostile.join()
+    world.memory.refuses = False
+    world.now += 0.6
+    world.pairing.sweep(100)
+    grant, told = other.read()
+    assert isinstance(grant, VerbsGrant)
+    assert grant.peer_gid == B
+    assert told == led(grant)
+    clean(world)
+
+
+def test_members_of_a_container_leave_room_for_others(
+    world: VerbsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who sends to a group gets only so many slots because of the members of another container."""
+    monkeypatch.setattr(verbs_datagrams, "UNASKED", 2)
+    one, third = UdModel.open(world, 1), UdModel.open(world, 3)
+    for _ in range(4):
+        UdModel.open(world, 2).join()
+    third.join()
+    one.send_to(5)
+    granted = [each.peer_gid for each in one.read() if isinstance(each, VerbsGrant)]
+    assert sorted(map(str, granted)) == [str(B), str(B), str(C)]
+    clean(world)
+
+
+def test_others_leave_room_for_what_a_process_asks_for(
+    world: VerbsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All containers together impose only so many slots on a process, which gets its own yet."""
+    monkeypatch.setattr(verbs_datagrams, "OTHERS", 2)
+    other = UdModel.open(world, 2)
+    many = [UdModel.open(world, number) for number in (1, 3, 1, 3)]
+    for each in many[:3]:
+        each.ask(5, B, other.qpn)
+    assert many[2].read() == [refused(5, other.qpn, Reason.LIMIT)]
+    other.read()
+    other.ask(6, C, many[3].qpn)
+    assert other.grant().request == 6
+    many[0].kill()
+    many[2].ask(7, B, other.qpn)
+    assert many[2].grant().request == 7
+    clean(world)
+
+
+def test_a_message_counts_as_much_as_it_costs(world: VerbsWorld) -> None:
+    """Who joins a group, leaves it, or sends to it pays for each slot that is looked for."""
+    senders = [UdModel.open(world, 1) for _ in range(3)]
+    member = UdModel.open(world, 2)
+    for sender in senders:
+        sender.send_to(5)
+    joins = VerbsDatagrams(VerbsKind.GROUP, 0, member.qpn, 0, 0, True, 0, GROUP)
+
+    def cost(message: VerbsDatagrams, process: int) -> int:
+        return verbs_messages.handle(world.pairing, process, message)
+
+    first = cost(joins, member.process)
+    assert first == verbs_messages.REQUEST + 3 * verbs_groups.SOUGHT
+    assert cost(joins, member.process) == verbs_messages.REQUEST + 3
+    sends = VerbsDatagrams(VerbsKind.DATAGRAM_PEER, 6, senders[0].qpn, 0, 0, True, 0, GROUP)
+    assert cost(sends, senders[0].process) == verbs_messages.REQUEST + verbs_groups.SOUGHT
+    leaves = VerbsDatagrams(VerbsKind.GROUP, 0, member.qpn, 0, 0, False, 0, GROUP)
+    assert cost(leaves, member.process) == verbs_messages.REQUEST + 3
     clean(world)
