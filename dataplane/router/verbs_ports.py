@@ -22,6 +22,9 @@ SPACES: Final = frozenset({0x0002, 0x0106, 0x0111, 0x013F})
 ALL_IPV4: Final = IPv4Address(0)
 ALL_IPV6: Final = IPv6Address(1)
 """In place of a GID: all of IPv6. A loopback address is never a GID. All of both is None."""
+TRIES: Final = 128
+"""Random ports that are looked at for one that is free. A container may have little more than half
+of them (`verbs_cm.PORTS`)."""
 SHARERS: Final = 64
 """Ids with one port, at most."""
 _WILDCARDS: Final = (None, ALL_IPV4, ALL_IPV6)
@@ -135,10 +138,11 @@ class VerbsPorts:
         return not any(other is not own and other.bars(message) for other in others)
 
     def _free_port(self, namespace: int, message: VerbsListen) -> int:
-        """A port that nobody has, from a random one on; 0: there is none."""
-        first = self._secret() % len(EPHEMERAL)
-        for place in range(len(EPHEMERAL)):
-            port = EPHEMERAL[(first + place) % len(EPHEMERAL)]
+        """A random port that nobody has; 0: none was found. Not one after the other: many that
+        lie in a row would cost the router much.
+        """
+        for _ in range(TRIES):
+            port = EPHEMERAL[self._secret() % len(EPHEMERAL)]
             if (namespace, message.space, port) not in self._bound:
                 return port
         return 0

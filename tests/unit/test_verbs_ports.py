@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from ipaddress import IPv6Address
+from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.verbs_cm import PORTS
 from dataplane.router.verbs_ports import (
     ALL_IPV4,
     ALL_IPV6,
@@ -68,6 +70,27 @@ def test_any_port_is_one_that_nobody_has() -> None:
     assert again is not None
     assert again.port == found[0]
     assert again.listens
+
+
+def test_any_port_costs_little() -> None:
+    """A container that has all the ports that it may have, in a row, makes nobody look at them."""
+
+    class Counted(dict[tuple[int, int, int], list[BoundId]]):
+        looks = 0
+
+        def __contains__(self, key: object) -> bool:
+            Counted.looks += 1
+            return super().__contains__(key)
+
+    chance = Random(1)
+    ports = VerbsPorts(lambda: chance.getrandbits(64))
+    ports._bound = bound = Counted()
+    for number, port in enumerate(EPHEMERAL[: PORTS - 1], 1):
+        assert ports.bind(1, 7, wants(number, port, backlog=0)) is not None
+    for _ in range(1000):
+        assert ports.bind(1, 7, wants(PORTS, 0)) is not None
+        ports.end(1, PORTS)
+    assert bound.looks < 10_000
 
 
 def test_no_such_port() -> None:
