@@ -523,7 +523,7 @@ class RemoteConnections:
     def declined(self, host: RemoteHost, message: peer_wire.Decline) -> None:
         """Follower: the leader doesn't take an offer."""
         users, request = self._offered(host, message.offer)
-        if request is not None:
+        if request is not None and not request.connection:
             users.refuse(request, reason_of(message.reason))
             return
         for connection in self.of(host):

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from dataplane.control import Limits
 from dataplane.errors import WrongMessage
 from dataplane.router import library_wire as wire
-from dataplane.router import peer_wire
+from dataplane.router import peer_wire, relay_wire
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.queue_pairs import QueuePairRecord
 from dataplane.router.reasons import Reason
@@ -468,6 +468,37 @@ def test_hostile_offers(world: World) -> None:
         follower.remotes.queue_pairs.take_offer(ours, offer)
     world.loop.run(1)
     assert not one.grant
+
+
+def test_hostile_leader(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader that takes an offer, declines it and takes the next one gives a queue pair one slot,
+    however late the relay is.
+    """
+    one, other = make(world, A), make(world, B)
+    leader, follower = world.hosts
+    assert leader.node < follower.node
+    other.ask(one)
+    world.loop.run(0.5)
+    late: list[relay_wire.Message] = []
+    monkeypatch.setattr(follower.relay, "answer", late.append)
+
+    def say(message: peer_wire.Message) -> None:
+        follower.remotes.message(leader.address, message)
+
+    for number in (901, 902):
+        (offer,) = follower.remotes.queue_pairs._of[leader.address].offered
+        say(peer_wire.Placement(offer, number, b"place"))
+        say(peer_wire.Decline(offer, Reason.NOT_FOUND))
+        world.loop.run(1.5)
+    monkeypatch.undo()
+    while late:
+        follower.relay.answer(late.pop(0))
+    world.loop.run(5)
+    one.ask(other)
+    world.loop.run(5)
+    assert one.grant
+    assert other.grant
+    end(world, one, other)
 
 
 def shown(host: Host) -> dict[int, tuple[str, str | None]]:
