@@ -424,6 +424,10 @@ class Remotes(LentArenas, Generic[SessionsT]):
     def eased(self, peer: IPAddress) -> None:
         """The session has room again."""
         self.links.eased(peer)
+        host = self.hosts.get(peer)
+        if host is not None and host.hello is not None:
+            self.requests.eased(host)
+            self.queue_pairs.eased(host)
 
     def reassign(self, host: RemoteHost) -> None:
         """A host claims other addresses than before."""

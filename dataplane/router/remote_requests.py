@@ -328,6 +328,11 @@ class RemoteRequests:
     # --- offers
 
     def _offer(self, host: RemoteHost, request: RemoteRequest) -> None:
+        """Offer it to the leader, or later if much waits to be sent: whoever asks again and again
+        fills no session, which all containers use.
+        """
+        if self._sessions.congested(host.address):
+            return
         request.offer = next(self._numbers)
         self._of[host.address].offered[request.offer] = request
         self._send_offer(host, request)
@@ -485,6 +490,13 @@ class RemoteRequests:
         if not self._hosts.leads(host):
             for request in list(self._of[host.address].requests.values()):
                 self._offer(host, request)
+
+    def eased(self, host: RemoteHost) -> None:
+        """Follower: the session has room again for offers that were held back."""
+        if not self._hosts.leads(host):
+            for request in list(self._of[host.address].requests.values()):
+                if not request.offer and not request.connection:
+                    self._offer(host, request)
 
     def session_down(self, host: RemoteHost) -> None:
         """Offers end with the session; requests wait for the next."""

@@ -147,6 +147,11 @@ class RemoteQueuePairs:
             self._offer(host, request)
 
     def _offer(self, host: RemoteHost, request: RemoteQueuePair) -> None:
+        """Offer it to the leader, or later if much waits to be sent: whoever asks again and again
+        fills no session, which all containers use.
+        """
+        if self._sessions.congested(host.address):
+            return
         request.offer = next(self._numbers)
         self._of[host.address].offered[request.offer] = request
         key = request.key
@@ -326,6 +331,13 @@ class RemoteQueuePairs:
             for request in list(self._of[host.address].requests.values()):
                 self._offer(host, request)
         self._assign_all()
+
+    def eased(self, host: RemoteHost) -> None:
+        """Follower: the session has room again for offers that were held back."""
+        if not self._hosts.leads(host):
+            for request in list(self._of[host.address].requests.values()):
+                if not request.offer and not request.connection:
+                    self._offer(host, request)
 
     def _assign_all(self) -> None:
         for request in list(self._waiting.values()):

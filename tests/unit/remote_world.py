@@ -572,7 +572,7 @@ class Line:
         return self.host.node
 
     def congested(self, peer: IPAddress) -> bool:
-        return False
+        return (self.host.number, self.world.by_address[peer].number) in self.world.crowded
 
     def send(self, peer: IPAddress, message: peer_wire.Message) -> bool:
         if self.instance != self.host.instance:
@@ -632,6 +632,8 @@ class World:
         """What takes links down."""
         self.sessions: dict[frozenset[int], int] = {}
         """Pairs of hosts with a session, to its number."""
+        self.crowded: set[tuple[int, int]] = set()
+        """From which host to which one much waits to be sent."""
         self.clear_until: dict[tuple[int, int], float] = {}
         self._session_numbers = itertools.count(1)
         self._turning = False
@@ -681,6 +683,11 @@ class World:
     @staticmethod
     def _come_up(one: Host, other: Host) -> None:
         one.remotes.up(other.address, other.hello())
+
+    def ease(self, source: Host, target: Host) -> None:
+        """What a host had to send has been sent."""
+        self.crowded.discard((source.number, target.number))
+        source.remotes.eased(target.address)
 
     def lose(self, a: Host, b: Host) -> None:
         """Lose a session, with the messages that are under way."""

@@ -165,6 +165,20 @@ def test_a_vip_that_the_kernel_does_not_explain(world: World) -> None:
     assert finer(world, tcp, 0) is Reason.UNTRACKED
 
 
+def test_offers_wait_while_much_is_to_be_sent(world: World) -> None:
+    """A request of the follower is offered when the session has room, and is granted then."""
+    leader, follower = world.hosts
+    world.crowded.add((follower.number, leader.number))
+    tcp = requested(world, A, B)
+    world.loop.run(5)
+    assert not world.grant(tcp, 0)
+    world.ease(follower, leader)
+    world.loop.run(1)
+    assert world.grant(tcp, 0)
+    assert world.grant(tcp, 1)
+    end(world, tcp)
+
+
 def test_many_share_what_they_can(world: World) -> None:
     """Connections of one process share its arena, whichever host they lead to."""
     made = World(3)

@@ -470,6 +470,43 @@ def test_hostile_offers(world: World) -> None:
     assert not one.grant
 
 
+def test_offers_wait_while_much_is_to_be_sent(world: World) -> None:
+    """A queue pair that is asked for again and again fills no session, and is paired afterwards."""
+    one, other = make(world, A), make(world, B)
+    leader, follower = world.hosts
+    sent = sends(world)
+    world.crowded.add((follower.number, leader.number))
+    one.ask(other)
+    for _ in range(5):
+        other.ask(one)
+    world.loop.run(1)
+    assert not sent
+    world.ease(follower, leader)
+    world.loop.run(1)
+    assert [type(message) for message in sent[:1]] == [peer_wire.VerbsOffer]
+    assert one.grant
+    assert other.grant
+    world.ease(follower, leader)
+    world.ease(leader, follower)
+    world.loop.run(1)
+    assert sum(isinstance(message, peer_wire.VerbsOffer) for message in sent) == 1
+    end(world, one, other)
+
+
+def sends(world: World) -> list[peer_wire.Message]:
+    """What the second host's router sends from now on."""
+    sent: list[peer_wire.Message] = []
+    carry = world.carry
+
+    def note(source: Host, target: Host, message: peer_wire.Message) -> bool:
+        if source is world.hosts[1]:
+            sent.append(message)
+        return carry(source, target, message)
+
+    world.carry = note  # type: ignore[method-assign]
+    return sent
+
+
 def test_hostile_leader(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A leader that takes an offer, declines it and takes the next one gives a queue pair one slot,
     however late the relay is.
