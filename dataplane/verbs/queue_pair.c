@@ -292,13 +292,20 @@ bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, co
         return wanted;
 }
 
+/* Has the other side ever been there? It can take back that it is ready. But work that was begun by
+ * then, and answers that were taken ahead, belong to these rings. */
+static bool has_peer_been_there(struct queue_pair *queue)
+{
+        return queue->receiver.head || queue->receiver.held || queue_is_ready(queue);
+}
+
 bool queue_pair_down(struct queue_pair *queue)
 {
         bool alone = false;
 
         queue_lock(queue);
         if (queue_paired(queue) == QUEUE_PAIRED && queue_state(queue) != IBV_QPS_ERR &&
-            !atomic_load_explicit(&queue->sender.view.ring->ready, memory_order_acquire)) {
+            !has_peer_been_there(queue)) {
                 alone = true;
                 atomic_store_explicit(&queue->in, NULL, memory_order_relaxed);
                 atomic_store_explicit(&queue->out, NULL, memory_order_relaxed);

@@ -709,6 +709,37 @@ static void check_again(void)
         end_all();
 }
 
+/* It waits to be paired again only if the other side has never been there: not if that takes back
+ * what it has said, after it has taken or put something. */
+static void check_down(void)
+{
+        for (int used = 0; used < 3; used++) {
+                struct queue_pair *queue;
+                struct ibv_sge from, to;
+
+                make_ends(false);
+                queue = queue_of(ends[0].qp);
+                if (used) {
+                        connect_with(usual_attributes(0), usual_attributes(0));
+                        from = piece(2 - used, 0, 100);
+                        to = piece(used - 1, 100, 100);
+                        CHECK(receive(used - 1, 20, &to, 1) == 0);
+                        CHECK(post(2 - used, one_sided(IBV_WR_SEND, &from, 0)) == 0);
+                        CHECK(received(used - 1).wr_id == 20);
+                        CHECK(sent(2 - used).status == IBV_WC_SUCCESS);
+                        atomic_store(&rings.views[0].ring->ready, 0);
+                } else {
+                        become_ready(ends[0].qp, usual_attributes(77));
+                        rings = new_rings(remote);
+                        CHECK(queue_pair_up(asking[0], rings.views[0], rings.views[1], &nowhere));
+                        asking[0] = NULL;
+                }
+                CHECK(queue_pair_down(queue) == !used);
+                CHECK(queue_paired(queue) == (used ? QUEUE_PAIRED : QUEUE_ASKED));
+                end_all();
+        }
+}
+
 /* Nobody pairs it: its requests wait, and fail in time. */
 static void check_alone(void)
 {
@@ -1062,25 +1093,16 @@ static void check_parent_domains(void)
 int main(void)
 {
         static void (*const checks[])(void) = {
-            check_send,
-            check_write_and_read,
-            check_atomics,
-            check_inline,
-            check_signals,
-            check_fence,
-            check_many_reads,
-            check_receives,
-            check_no_receive,
-            check_refusals,
-            check_bad_receive,
-            check_own_keys,
-            check_other_gone,
-            check_executes_before_close,
-            check_again,
-            check_drain,
-            check_windows,
-            check_addresses,
-            check_executes_before_loss,
+            check_send,        check_write_and_read,
+            check_atomics,     check_inline,
+            check_signals,     check_fence,
+            check_many_reads,  check_receives,
+            check_no_receive,  check_refusals,
+            check_bad_receive, check_own_keys,
+            check_other_gone,  check_executes_before_close,
+            check_again,       check_down,
+            check_drain,       check_windows,
+            check_addresses,   check_executes_before_loss,
             check_loop,
         };
 
