@@ -285,7 +285,9 @@ class Groups:
         number = sender.told.pop(member.opened.id, None)
         if number is not None:
             self._forget_slot(sender, number)
-            self._say(sender, number, False)
+            # Who doesn't hear of it sends in vain to a process that isn't in the group.
+            if self._registry.outbox.has_room(sender.opened.id):
+                self._say(sender, number, False)
 
     def _forget_told(self, sender: GroupSender) -> None:
         for number in sender.told.values():

@@ -422,6 +422,25 @@ def test_others_leave_room_for_what_a_process_asks_for(
     clean(world)
 
 
+def test_a_sender_that_does_not_read(world: VerbsWorld) -> None:
+    """Members that join and leave fill no socket: its process hears of none until it reads."""
+    one, other = UdModel.open(world, 1), UdModel.open(world, 2)
+    other.join()
+    one.send_to(5)
+    grant, *_ = one.read()
+    assert isinstance(grant, VerbsGrant)
+    world.post.busy.add(one.process)
+    for _ in range(3):
+        other.join(on=False)
+        other.join()
+    other.join(on=False)
+    assert one.read() == []
+    world.post.busy.clear()
+    other.join()
+    assert one.read() == [led(grant)]
+    clean(world)
+
+
 def test_a_message_counts_as_much_as_it_costs(world: VerbsWorld) -> None:
     """Who joins a group, leaves it, or sends to it pays for each slot that is looked for."""
     senders = [UdModel.open(world, 1) for _ in range(3)]
