@@ -86,6 +86,9 @@ class GroupRetries:
     def __len__(self) -> int:
         return len(self._due)
 
+    def __iter__(self) -> Iterator[tuple[GroupSender, GroupMember]]:
+        return iter(self._due)
+
     def add(self, sender: GroupSender, member: GroupMember, due: float) -> bool:
         """Try again then; `due` never falls. False: the two containers have too many of these."""
         between = _containers(sender, member)
