@@ -18,6 +18,7 @@ from testbed.relays import (
     KINDS,
     RING,
     WHOLE,
+    End,
     connect,
     drop,
     give_arena,
@@ -31,6 +32,13 @@ from testbed.relays import (
 )
 
 pytestmark = pytest.mark.usefixtures("transport")
+
+
+def round_trips(one: End, two: End, program: Path, rounds: int) -> None:
+    """The two ends of a connection send each other so many messages of 100 bytes in turn."""
+    trips = (f"rounds={rounds}", "message=100", "check=0")
+    first, second = one.popen(program, *trips), two.popen(program, *trips, "server=1")
+    assert first.wait(patience(30)) == second.wait(patience(30)) == 0
 
 
 @pytest.mark.parametrize(
@@ -94,9 +102,7 @@ def test_a_process_that_sleeps_is_woken(binary: Path, end: Path) -> None:
     with relays(binary, spin=0) as (a, b):
         link(a, b)
         one, two = connect(a, b)
-        trips = ("rounds=500", "message=100", "check=0")
-        first, second = one.popen(end, *trips), two.popen(end, *trips, "server=1")
-        assert first.wait(patience(30)) == second.wait(patience(30)) == 0
+        round_trips(one, two, end, 500)
         assert b.counts()["bells"] > 100
 
 
@@ -107,9 +113,7 @@ def test_a_relay_that_is_told_to_spin_no_more(binary: Path, end: Path, transport
             assert not relay.open(transport=transport, spin=0).error
         link(a, b)
         one, two = connect(a, b)
-        trips = ("rounds=500", "message=100", "check=0")
-        first, second = one.popen(end, *trips), two.popen(end, *trips, "server=1")
-        assert first.wait(patience(30)) == second.wait(patience(30)) == 0
+        round_trips(one, two, end, 500)
         assert a.counts()["spins"] == b.counts()["spins"] == 0
 
 
@@ -118,9 +122,7 @@ def test_a_relay_that_spins_finds_messages(binary: Path, end: Path) -> None:
     with relays(binary, spin=1000) as (a, b):
         link(a, b)
         one, two = connect(a, b)
-        trips = ("rounds=2000", "message=100", "check=0")
-        first, second = one.popen(end, *trips), two.popen(end, *trips, "server=1")
-        assert first.wait(patience(30)) == second.wait(patience(30)) == 0
+        round_trips(one, two, end, 2000)
         assert a.counts()["spins"] > 0
         assert b.counts()["spins"] > 0
 
@@ -142,9 +144,7 @@ def test_idle_connections_cost_nothing(binary: Path, end: Path) -> None:
     with relays(binary) as (a, b):
         link(a, b)
         one, two = connect(a, b)
-        trips = ("rounds=50", "message=100", "check=0")
-        first, second = one.popen(end, *trips), two.popen(end, *trips, "server=1")
-        assert first.wait(patience(30)) == second.wait(patience(30)) == 0
+        round_trips(one, two, end, 50)
         time.sleep(0.3)
         before = [each.counts() for each in (a, b)]
         time.sleep(1)
