@@ -34,7 +34,7 @@ from dataplane.router.verbs_wire import (
     VerbsRefuse,
 )
 from tests.unit.remote_world import CONTAINERS, Host, World
-from tests.unit.test_remote import EQUIPMENT, empty
+from tests.unit.test_remote import EQUIPMENT, empty, started
 from tests.unit.verbs_world import RC, UC
 
 A, B, C = (0, 1), (1, 1), (2, 1)
@@ -130,14 +130,6 @@ def everything(world: World) -> list[FarQueuePair]:
     """All queue pairs that were made."""
     found: list[FarQueuePair] = world.__dict__.setdefault("queue_pairs", [])
     return found
-
-
-def started(size: int = 2, **equipment: Any) -> World:
-    """Hosts with sessions and links."""
-    made = World(size, **equipment)
-    made.connect_all()
-    made.loop.run(1)
-    return made
 
 
 @pytest.fixture(params=list(EQUIPMENT))
