@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from testbed import Bed, Host, wait_until
 from testbed.images import WORKLOAD_IMAGE
 from testbed.process import CommandError
-from tests.swarm.conftest import make_network, run_container, unique
+from tests.swarm.conftest import (
+    make_network,
+    plugin_answers,
+    remove_containers,
+    run_container,
+    unique,
+)
 
 STACK = """\
 version: "3.8"
@@ -136,15 +144,77 @@ def test_other_networks_and_runtimes(bed: Bed) -> None:
             assert host.docker(*words).strip() == "[]", (host.engine, options)
 
 
-@pytest.mark.usefixtures("default")
-def test_checkpoint_is_refused_by_name(manager: Host) -> None:
-    """A container with the library can't be checkpointed, and runs on."""
-    network = make_network(manager, "--attachable")
-    box = run_container(manager, network)
-    with pytest.raises(CommandError) as raised:
-        manager.docker("checkpoint", "create", box, "one")
-    assert "can't be checkpointed" in str(raised.value) or "experimental" in str(raised.value)
-    assert variable(manager, box) == LIBRARY
+@contextmanager
+def engine_file(host: Host, value: dict[str, Any]) -> Iterator[None]:
+    """The engine restarted with these settings in daemon.json; afterwards without the file."""
+    text = json.dumps(value)
+    host.run("sh", "-c", "mkdir -p /etc/docker && cat >/etc/docker/daemon.json", stdin=text)
+    host.restart_dockerd()
+    wait_until("the plugin", lambda: plugin_answers(host), 60)
+    try:
+        yield
+    finally:
+        remove_containers(host)
+        host.freeflow("runtime", "uninstall")
+        host.run("rm", "-f", "/etc/docker/daemon.json")
+        host.restart_dockerd()
+        wait_until("the plugin", lambda: plugin_answers(host), 60)
+
+
+def test_checkpoint_is_refused_by_name(bed: Bed) -> None:
+    """On each engine a container with the library can't be checkpointed, says why, and runs on;
+    one without it is left to runc.
+    """
+    for host in bed.hosts[:3]:
+        network = make_network(bed.hosts[0], "--attachable")
+        # Only experimental engines have the command.
+        with engine_file(host, {"experimental": True}):
+            host.freeflow("runtime", "install", "--default")
+            box = run_container(host, network)
+            with pytest.raises(CommandError) as raised:
+                host.docker("checkpoint", "create", box, "one")
+            assert "can't be checkpointed" in str(raised.value), host.engine
+            assert "freeflow.accelerate=off" in str(raised.value), host.engine
+            assert variable(host, box) == LIBRARY, host.engine
+            other = run_container(host, network, "--label", "freeflow.accelerate=off")
+            with pytest.raises(CommandError) as raised:
+                host.docker("checkpoint", "create", other, "one")
+            # runc's own answer: the engines have no CRIU.
+            assert "criu" in str(raised.value), host.engine
+            assert "can't be checkpointed" not in str(raised.value), host.engine
+
+
+MINE = """\
+#!/bin/sh
+echo "$@" >>/run/mine.log
+exec runc "$@"
+"""
+
+
+def test_a_runtime_of_the_users(manager: Host) -> None:
+    """A default runtime of the user's own is the one that is called, also by docker exec, and is
+    the default again after uninstalling.
+    """
+    manager.run("sh", "-c", "cat >/usr/local/bin/mine; chmod 755 /usr/local/bin/mine", stdin=MINE)
+    own = {"runtimes": {"mine": {"path": "/usr/local/bin/mine"}}, "default-runtime": "mine"}
+    with engine_file(manager, own):
+        manager.freeflow("runtime", "install", "--default")
+        network = make_network(manager, "--attachable")
+        manager.run("sh", "-c", ": >/run/mine.log")
+        box = run_container(manager, network)
+        assert variable(manager, box) == LIBRARY
+        identifier = manager.docker("inspect", "-f", "{{.Id}}", box).strip()
+        calls = [
+            line.split()
+            for line in manager.run("cat", "/run/mine.log").splitlines()
+            if identifier in line
+        ]
+        assert {"create", "exec"} <= {word for line in calls for word in line}
+        remove_containers(manager)
+        manager.freeflow("runtime", "uninstall")
+        value = json.loads(manager.run("cat", "/etc/docker/daemon.json"))
+        assert value == own
+        assert manager.docker("info", "-f", "{{.DefaultRuntime}}").strip() == "mine"
 
 
 def test_install_and_uninstall_restart_nothing(manager: Host) -> None:
