@@ -164,7 +164,10 @@ static int add_mount(struct json_object *config)
         return json_object_array_add(member(config, "mounts", json_type_array), mount);
 }
 
-/* Puts the library in front of what is preloaded. Returns 0 or -1. */
+/*
+ * Puts the library behind what is preloaded, which may wrap the same calls: it sees those of the
+ * program, as ever, and none of the library's own. Returns 0 or -1.
+ */
 static int preload(struct json_object *env, long at)
 {
         const char *before = at >= 0 ? value_at(env, at) : "";
@@ -173,7 +176,7 @@ static int preload(struct json_object *env, long at)
 
         if (names_library(before))
                 return 0;
-        if (asprintf(&joined, "%s%s%s%s", PRELOAD, LIBRARY, *before != '\0' ? ":" : "", before) < 0)
+        if (asprintf(&joined, "%s%s%s%s", PRELOAD, before, *before != '\0' ? ":" : "", LIBRARY) < 0)
                 return -1;
         text = json_object_new_string(joined);
         free(joined);

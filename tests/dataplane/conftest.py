@@ -40,8 +40,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         helper = SOURCES / "helpers" / "cat.c"
         made.append(pool.submit(compile_c, helper, folder / "static-cat", "-static"))
-        helper = SOURCES / "helpers" / "deep.c"
-        made.append(pool.submit(compile_c, helper, folder / "deep.so", "-shared", "-fPIC"))
+        for name in ("deep", "wrapper"):
+            helper = SOURCES / "helpers" / f"{name}.c"
+            made.append(pool.submit(compile_c, helper, folder / f"{name}.so", "-shared", "-fPIC"))
         for each in made:
             each.result()
     return folder

@@ -91,15 +91,15 @@ def test_mode_and_owner_stay(world: RuntimeWorld, mode: int) -> None:
     ("before", "after"),
     [
         ("LD_PRELOAD=", PRELOAD),
-        ("LD_PRELOAD=/a.so", f"{PRELOAD}:/a.so"),
-        ("LD_PRELOAD=/a.so /b.so", f"{PRELOAD}:/a.so /b.so"),
+        ("LD_PRELOAD=/a.so", f"LD_PRELOAD=/a.so:{PRELOAD[11:]}"),
+        ("LD_PRELOAD=/a.so /b.so", f"LD_PRELOAD=/a.so /b.so:{PRELOAD[11:]}"),
         (f"LD_PRELOAD=/a.so:{PRELOAD[11:]}", f"LD_PRELOAD=/a.so:{PRELOAD[11:]}"),
         (f"{PRELOAD} /b.so", f"{PRELOAD} /b.so"),
-        (f"{PRELOAD}.old", f"{PRELOAD}:{PRELOAD[11:]}.old"),
+        (f"{PRELOAD}.old", f"{PRELOAD}.old:{PRELOAD[11:]}"),
     ],
 )
 def test_other_preloaded_libraries_stay(world: RuntimeWorld, before: str, after: str) -> None:
-    """The library comes before what is preloaded already, and never twice."""
+    """The library comes behind what is preloaded already, and never twice."""
     config = world.config()
     config["process"]["env"].insert(1, before)
     found = json.loads(world.create(config))
@@ -385,7 +385,7 @@ def processes(*env: str) -> dict[str, Any]:
     ("env", "expected"),
     [
         ((), [PRELOAD]),
-        (("LD_PRELOAD=/a.so",), [f"{PRELOAD}:/a.so"]),
+        (("LD_PRELOAD=/a.so",), [f"LD_PRELOAD=/a.so:{PRELOAD[11:]}"]),
         (("LD_PRELOAD=",), None),
         (("FREEFLOW=off",), None),
         ((PRELOAD,), None),
