@@ -65,6 +65,24 @@ int preloads_library(struct json_object *process)
         return at >= 0 && names_library(value_at(env, at));
 }
 
+/* What a list takes of the room for a new program's arguments and variables (execve(2)). */
+static size_t room(struct json_object *list)
+{
+        size_t sum = 0;
+
+        for (size_t at = 0; list != NULL && at < json_object_array_length(list); at++)
+                sum += json_object_get_string_len(json_object_array_get_idx(list, at)) + 1 + sizeof(char *);
+        return sum;
+}
+
+/* Whether a program with this `process` starts with a longer list of variables, too. */
+static int has_room(struct json_object *process)
+{
+        return room(member(process, "args", json_type_array)) +
+                   room(member(process, "env", json_type_array)) <=
+               MOST_ARGUMENTS;
+}
+
 static int turned_off(struct json_object *env)
 {
         for (size_t at = 0; at < json_object_array_length(env); at++) {
@@ -138,9 +156,11 @@ int mounts_library(struct json_object *config)
 int accepts_library(struct json_object *config)
 {
         struct json_object *mounts = member(config, "mounts", json_type_array);
-        struct json_object *env = member(member(config, "process", json_type_object), "env", json_type_array);
+        struct json_object *process = member(config, "process", json_type_object);
+        struct json_object *env = member(process, "env", json_type_array);
 
-        if (mounts == NULL || env == NULL || turned_off(env) || variable(env, PRELOAD) == -2)
+        if (mounts == NULL || env == NULL || turned_off(env) || variable(env, PRELOAD) == -2 ||
+            !has_room(process))
                 return 0;
         for (size_t at = 0; at < json_object_array_length(mounts); at++) {
                 if (in_the_way(json_object_array_get_idx(mounts, at)))
@@ -217,7 +237,7 @@ int add_variable(struct json_object *process)
         struct json_object *env = member(process, "env", json_type_array);
         long at;
 
-        if (env == NULL || turned_off(env) || (at = variable(env, PRELOAD)) == -2)
+        if (env == NULL || turned_off(env) || (at = variable(env, PRELOAD)) == -2 || !has_room(process))
                 return 0;
         /* An empty value is a user's `docker exec --env LD_PRELOAD=`. */
         if (at >= 0 && (*value_at(env, at) == '\0' || names_library(value_at(env, at))))

@@ -17,6 +17,7 @@ enum {
         MOST_BYTES = 2 << 20,        /* of a file */
         MOST_DEPTH = 64,             /* of JSON; configurations of containers have about ten levels */
         MOST_NETWORKS = 64,          /* of one container */
+        MOST_ARGUMENTS = 64 << 10,   /* bytes of a program's: half of what Linux always allows */
         MOST_ANSWER = 4096,          /* bytes of the plugin's answer */
         QUESTION_MILLISECONDS = 100, /* for the question to the plugin */
         WORK_MILLISECONDS = 300,     /* for everything; then the container starts as it is */

@@ -108,6 +108,27 @@ def test_other_preloaded_libraries_stay(world: RuntimeWorld, before: str, after:
     ]
 
 
+def test_a_full_list_of_variables(world: RuntimeWorld) -> None:
+    """A program whose arguments and variables nearly fill the kernel's limit still starts, because
+    none is added; programs of `docker exec` neither.
+    """
+    for key, words, changed in (
+        ("env", ["A=" + "x" * 60_000], True),
+        ("env", ["A=" + "x" * 66_000], False),
+        ("env", [f"A{number}=" for number in range(5_000)], False),
+        ("args", ["x" * 131_071], False),
+    ):
+        config = world.config()
+        config["process"][key] += words
+        assert accelerated(world.create(config)) is changed
+        world.create()
+        process = processes()
+        process[key] += words
+        file = world.write("tmp/runc-process123", go_json(process))
+        world.call(world.arguments("exec", "--process", str(file)))
+        assert (json.loads(file.read_bytes()) != process) is changed
+
+
 def test_run_is_as_create(world: RuntimeWorld) -> None:
     """`run` prepares the container too; `restore` doesn't, because it repeats a recorded state."""
     for command, changed in (("run", True), ("restore", False), ("delete", False)):
