@@ -35,6 +35,7 @@
  *      end      w sender (release)    r receiver (acquire)   1 + tail at which the ring ended; TCP goes on from there
  *      clean    w sender, before tail; r receiver after tail: up to this tail no byte had gone over TCP since the
  *               move when it was put (raw.h)
+ *      messages w sender, before tail; r router: how often bytes were put, for people
  *      stop     w receiver (seq_cst)  r sender (seq_cst)     the receiver requests that the ring ends; STOP_RAW:
  *                                                            because bytes came over TCP
  *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between checking `stop` and publishing
@@ -110,6 +111,7 @@ struct ring {
         _Atomic uint32_t sender_cpu; /* 1 + core on which the sender last was; 0: not known */
         _Atomic uint64_t stamp;      /* clock_stamp() at the first byte since the ring was empty */
         _Atomic uint64_t clean;
+        _Atomic uint64_t messages;
         /* receiver's */
         _Alignas(64) _Atomic uint64_t head;
         _Atomic uint32_t ready;
@@ -131,6 +133,7 @@ struct ring {
 
 _Static_assert(sizeof(struct ring) <= RING_HEADER, "the ring's header fits before its first bytes");
 _Static_assert(offsetof(struct ring, clean) == 48, "layout is part of the version");
+_Static_assert(offsetof(struct ring, messages) == 56, "layout is part of the version");
 _Static_assert(offsetof(struct ring, head) == 64, "sender and receiver write different lines");
 _Static_assert(offsetof(struct ring, receivers) == 128, "waiters have lines of their own");
 _Static_assert(offsetof(struct ring, senders) == 192, "waiters have lines of their own");

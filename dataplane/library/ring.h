@@ -107,6 +107,7 @@ static inline bool ring_put(struct flow *flow, const struct view *view, uint64_t
                 store_relaxed(&flow->clean, tail + size);
                 store_relaxed(&view->ring->clean, tail + size);
         }
+        store_relaxed(&view->ring->messages, load_relaxed(&view->ring->messages) + 1);
         store_release(&view->ring->tail, tail + size);
         return true;
 }

@@ -97,6 +97,7 @@ NUMBERS: Final = {
     "REMOTE_RING_MOST": layout.REMOTE_RING_MOST,
     "arena_size(131072)": layout.arena_size(131072),
     "offsetof(struct ring, incarnation)": layout.INCARNATION_OFFSET,
+    "offsetof(struct ring, messages)": layout.MESSAGES_OFFSET,
     "offsetof(struct ring, stop)": layout.STOP_OFFSET,
     "offsetof(struct ring, over)": layout.OVER_OFFSET,
     "offsetof(struct ring, stopped)": layout.STOPPED_OFFSET,
