@@ -14,6 +14,9 @@ OWNED = 2500
 """The most addresses of this host that another host is told: as many as fit into a message if all
 are of the longest."""
 
+RING_MOST = 128 << 30
+"""Bytes per second that one ring can carry at most: more than a core copies from its cache."""
+
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """When a connection is upgraded, and how it waits; `struct welcome` in `library/protocol.h`."""
@@ -166,6 +169,12 @@ class ConnectionsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="connect
 
 class VerbsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="verbs"):
     """Requests the devices and queue pairs of verbs of one namespace, or of all."""
+
+    namespace: int | None = None
+
+
+class TrafficRequest(msgspec.Struct, frozen=True, kw_only=True, tag="traffic"):
+    """Requests what the connections of one namespace, or of all, have carried."""
 
     namespace: int | None = None
 
@@ -355,6 +364,60 @@ class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
     """Word to sentence, of the reasons that appear."""
 
 
+class TcpTraffic(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel's TCP has carried of a connection since it began, seen from one end."""
+
+    bytes_in: int
+    bytes_out: int
+    segments_in: int
+    """Segments with data, modulo 2³²; so are `segments_out` and `retransmits`."""
+    segments_out: int
+    retransmits: int = 0
+    """Segments that this end has sent again."""
+    round_trip: int = 0
+    """Microseconds, smoothed; 0: not measured."""
+
+
+class RingTraffic(msgspec.Struct, frozen=True, kw_only=True):
+    """What the rings of a slot have carried since it was granted, as their senders say."""
+
+    incarnation: int
+    """The slot's: with another one the numbers begin at 0."""
+    bytes_in: int
+    bytes_out: int
+    messages_in: int | None = None
+    """None: the sender does not count them. The relays don't."""
+    messages_out: int | None = None
+
+
+class ConnectionTraffic(ConnectionFact, frozen=True, kw_only=True):
+    """One end of a connection, and what it has carried: the sum of `tcp` and `ring`."""
+
+    cookie: int
+    """The kernel's number of the socket. No other socket of the namespace has or will have it."""
+    read: float
+    """When the counters were read: seconds of the router's clock."""
+    tcp: TcpTraffic | None = None
+    """None: the kernel doesn't say."""
+    ring: RingTraffic | None = None
+    """None: the connection has no slot, or what the senders say is not possible."""
+
+
+class TrafficFacts(msgspec.Struct, frozen=True, kw_only=True, tag="traffic"):
+    """Answer to TrafficRequest. Processor times are in seconds since the process began."""
+
+    connections: tuple[ConnectionTraffic, ...]
+    reasons: dict[str, str]
+    """As in `Connections`."""
+    read: float
+    """When the processor times were read: seconds of the router's clock."""
+    router_cpu: float
+    relay_cpu: float | None = None
+    """None: no relay runs."""
+    containers_relay_cpu: dict[int, float] = {}
+    """What the relay has used for each container, by its namespace."""
+
+
 class PathCount(msgspec.Struct, frozen=True):
     """The number of ends of connections in containers of this host that share path and reason.
 
@@ -428,6 +491,7 @@ ControlRequest = (
     | StatisticsRequest
     | ConnectionsRequest
     | VerbsRequest
+    | TrafficRequest
     | PathsRequest
 )
-ControlReply = Done | Failed | Statistics | Connections | VerbsObjects | PathCounts
+ControlReply = Done | Failed | Statistics | Connections | VerbsObjects | TrafficFacts | PathCounts

@@ -24,6 +24,7 @@ R = TypeVar(
     control.Statistics,
     control.Connections,
     control.VerbsObjects,
+    control.TrafficFacts,
     control.PathCounts,
 )
 
@@ -58,6 +59,10 @@ class RouterClient:
     def verbs(self, namespace: int | None = None) -> control.VerbsObjects:
         """The devices and queue pairs of one namespace, or of all. Raises DataplaneError."""
         return self._ask(control.VerbsRequest(namespace=namespace), control.VerbsObjects)
+
+    def traffic(self, namespace: int | None = None) -> control.TrafficFacts:
+        """What the connections of one namespace, or of all, have carried. Raises DataplaneError."""
+        return self._ask(control.TrafficRequest(namespace=namespace), control.TrafficFacts)
 
     def paths(self) -> control.PathCounts:
         """How many connections take which path, and why. Raises DataplaneError."""

@@ -17,10 +17,13 @@ from typing import Final
 
 from dataplane.errors import KernelRefused
 from dataplane.router import layout
+from dataplane.router.seams import Sent
 
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 _INCARNATION: Final = struct.Struct("=Q")
+_SENT: Final = struct.Struct(f"=Q{layout.MESSAGES_OFFSET - 8}xQ")
+"""In struct ring: tail and messages."""
 _RING: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _YES: Final = struct.pack("=I", 1)
 
@@ -166,6 +169,16 @@ class LinuxArenaMemory:
         return _punch(memory, layout.ring_offset(slot, 0), layout.SIDES * layout.PAGE) and _punch(
             memory, layout.bulk_offset(slot, 0, size), layout.SIDES * size
         )
+
+    def sent(self, memory: int, slot: int) -> tuple[Sent, Sent] | None:
+        try:
+            one, other = (
+                Sent(*_SENT.unpack(os.pread(memory, _SENT.size, layout.ring_offset(slot, way))))
+                for way in range(layout.SIDES)
+            )
+        except (OSError, struct.error):
+            return None
+        return one, other
 
     def used(self, memory: int) -> int:
         return os.fstat(memory).st_blocks * 512

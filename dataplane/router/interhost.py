@@ -230,6 +230,11 @@ class InterHost:
 
     # --- for statistics
 
+    @property
+    def relay_process(self) -> int | None:
+        """The relay's process; None: none runs."""
+        return self._relay.pid
+
     def facts(self) -> tuple[control.RdmaFacts, control.RelayFacts]:
         """What `freeflow status` and metrics show of it."""
         settings = self._pairing.knowledge.settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from dataplane.control import (
@@ -44,22 +44,26 @@ def connections(
     """The list, as the last item; a None after each step, where the caller may do other work."""
     entries: list[ConnectionFact] = []
     wanted = list(pairing.knowledge.sandboxes) if only is None else [only]
-    for found in _sockets(namespaces, wanted):
+    for found in sockets(namespaces, wanted):
         if found is None:
             yield None
             continue
-        entry = _entry(pairing, *found, clock())
+        entry = entry_of(pairing, *found, clock())
         if entry is not None:
             entries.append(entry)
+    yield Connections(connections=tuple(entries), reasons=sentences(entries))
+
+
+def sentences(entries: Iterable[ConnectionFact]) -> dict[str, str]:
+    """The words of the reasons that appear, with their sentences."""
     words = {entry.reason for entry in entries}
-    sentences = {reason.word: reason.sentence for reason in Reason if reason.word in words}
-    yield Connections(connections=tuple(entries), reasons=sentences)
+    return {reason.word: reason.sentence for reason in Reason if reason.word in words}
 
 
 def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[PathCounts | None]:
     """The counts, as the last item; a None after each step, as in `connections`."""
     counts: Counter[tuple[str, str, str]] = Counter()
-    for found in _sockets(namespaces, list(pairing.knowledge.sandboxes)):
+    for found in sockets(namespaces, list(pairing.knowledge.sandboxes)):
         if found is None:
             yield None
             continue
@@ -77,21 +81,25 @@ def paths(pairing: Pairing, namespaces: Namespaces) -> Iterator[PathCounts | Non
     )
 
 
-def _sockets(
-    namespaces: Namespaces, wanted: Sequence[int]
+def sockets(
+    namespaces: Namespaces, wanted: Sequence[int], counters: int = 0
 ) -> Iterator[tuple[int, TcpSocket] | None]:
-    """The connected sockets of these namespaces; a None after each step."""
+    """The connected sockets of these namespaces; a None after each step.
+
+    `counters`: as for `Diag.connected`.
+    """
     for at in range(0, len(wanted), TOGETHER):
         with namespaces.lists(wanted[at : at + TOGETHER]) as diags:
             for namespace, diag in diags.items():
                 # The container may have ended meanwhile.
                 with contextlib.suppress(KernelRefused):
-                    for tcp in diag.connected():
+                    for tcp in diag.connected(counters):
                         yield None if tcp is None else (namespace, tcp)
         yield None
 
 
-def _entry(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> ConnectionFact | None:
+def entry_of(pairing: Pairing, namespace: int, tcp: TcpSocket, now: float) -> ConnectionFact | None:
+    """The connection of a socket; None: it is no connection of a container."""
     knowledge = pairing.knowledge
     network = knowledge.network_of(namespace, tcp.local.ip)
     sandbox = knowledge.sandboxes.get(namespace)

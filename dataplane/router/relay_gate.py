@@ -120,7 +120,7 @@ class RelayGate:
         if counters is None:
             self._pairing.requests.check(request.local)
         else:
-            self._rule.sampled(request, TcpSample(self._loop.now(), *counters))
+            self._rule.sampled(request, TcpSample(self._loop.now(), *counters[:5]))
 
     def _decide(self, owner: GateOwner) -> None:
         on = OnRelay(owner.relayed(), self._rates())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from dataplane import control
-from dataplane.router import listing, verbs_listing
+from dataplane.router import connection_traffic, listing, verbs_listing
 from dataplane.router.arena_memory import LinuxArenaMemory
 from dataplane.router.clients import Clients
 from dataplane.router.control_socket import ControlSocket, Steps
@@ -53,6 +53,7 @@ class RouterServer:
         self._stopped = False
         self._namespaces = Namespaces(self._path_of, clock)
         sockets, memory = LinuxSocketTable(self._namespaces), LinuxArenaMemory(guards=guard)
+        self._memory = memory
         self._epoll = select.epoll()
         self._bugs = Bugs(clock)
         self.loop = EpollLoop(self._epoll, clock, self._bugs.guard)
@@ -149,6 +150,15 @@ class RouterServer:
                 )
             case control.VerbsRequest():
                 return verbs_listing.objects(self.pairing, self._clock(), request.namespace)
+            case control.TrafficRequest():
+                return connection_traffic.traffic(
+                    self.pairing,
+                    self._namespaces,
+                    self._memory,
+                    self._clock,
+                    self.interhost.relay_process,
+                    request.namespace,
+                )
             case control.PathsRequest():
                 return listing.paths(self.pairing, self._namespaces)
 

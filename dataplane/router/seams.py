@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dataplane.router import layout
 from dataplane.router.library_wire import Address, Answer
@@ -15,6 +15,14 @@ from dataplane.router.verbs_wire import VerbsAnswer
 
 SocketEnd = tuple[Address, Address, int]
 """Local and remote address of a connected socket, and its cookie."""
+
+
+class Sent(NamedTuple):
+    """What the sender of a ring says that it has put there since the slot was granted."""
+
+    bytes: int
+    messages: int
+    """Times that it has put bytes there; 0: it doesn't count them."""
 
 
 class Outbox(Protocol):
@@ -102,6 +110,13 @@ class ArenaMemory(Protocol):
 
     def reclaim(self, memory: int, slot: int) -> bool:
         """Reclaim the pages of a slot; false if that fails."""
+        ...
+
+    def sent(self, memory: int, slot: int) -> tuple[Sent, Sent] | None:
+        """What was put into the rings of a slot, by direction; None if the kernel can't say.
+
+        The words are the containers': they may hold anything.
+        """
         ...
 
     def used(self, memory: int) -> int:

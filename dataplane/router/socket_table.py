@@ -78,6 +78,8 @@ class TcpSocket(msgspec.Struct, frozen=True, gc=False):
     cookie: int
     inode: int
     """0: no process has the socket any more; the kernel is closing it."""
+    counters: TcpCounters | None = None
+    """If they were requested."""
 
 
 class Diag:
@@ -137,25 +139,27 @@ class Diag:
             raise KernelRefused("cannot list TCP sockets", cause=str(error)) from error
         return [None if body is None else _counters(body) for body in answers]
 
-    def connected(self) -> Iterator[TcpSocket | None]:
+    def connected(self, wanted: int = 0) -> Iterator[TcpSocket | None]:
         """All connected TCP sockets; a None now and then, where the caller may do other work.
+
+        `wanted`: INFO_WANTED, for those with their counters, or 0.
 
         Raises:
             KernelRefused: the kernel doesn't answer.
         """
         for family in (socket.AF_INET, socket.AF_INET6):
-            request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, _OPEN_MASK) + bytes(48)
+            request = _REQUEST.pack(family, socket.IPPROTO_TCP, wanted, _OPEN_MASK) + bytes(48)
             try:
-                yield from self._list(request)
+                yield from self._list(request, wanted)
             except OSError as error:
                 raise KernelRefused("cannot list TCP sockets", cause=str(error)) from error
 
-    def _list(self, request: bytes) -> Iterator[TcpSocket | None]:
+    def _list(self, request: bytes, wanted: int) -> Iterator[TcpSocket | None]:
         self._netlink.send(SOCK_DIAG_BY_FAMILY, DUMP, request)
         while True:
             for kind, _, body in self._netlink.receive():
                 if kind == SOCK_DIAG_BY_FAMILY:
-                    yield _read(body)
+                    yield _read(body, wanted)
                 elif kind in (DONE, ERROR):
                     # An error: no IPv6 here.
                     yield None
@@ -185,7 +189,7 @@ def _counters(body: bytes) -> TcpCounters | None:
     return tcp_counters.find(body[_MESSAGE_SIZE:])
 
 
-def _read(body: bytes) -> TcpSocket:
+def _read(body: bytes, wanted: int = 0) -> TcpSocket:
     """struct inet_diag_msg."""
     family, _ = _STATE.unpack_from(body)
     local_port, remote_port, local, remote = _ID.unpack_from(body, _ID_OFFSET)
@@ -196,6 +200,7 @@ def _read(body: bytes) -> TcpSocket:
         remote=Address(ip_of(family, remote), remote_port),
         cookie=cookie,
         inode=inode,
+        counters=tcp_counters.find(body[_MESSAGE_SIZE:]) if wanted else None,
     )
 
 

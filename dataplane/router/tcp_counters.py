@@ -15,6 +15,8 @@ INFO_WANTED: Final = 1 << (INET_DIAG_INFO - 1)
 
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _SEGMENT: Final = struct.Struct("=16xI")
+_ROUND_TRIP: Final = struct.Struct("=68xI")
+_RETRANSMITS: Final = struct.Struct("=100xI")
 _RECEIVED: Final = struct.Struct("=128xQ")
 _SEGMENTS: Final = struct.Struct("=152xII")
 _SENT: Final = struct.Struct("=200xQ")
@@ -33,6 +35,10 @@ class TcpCounters(NamedTuple):
     bytes_out: int
     segment: int
     """Bytes of data in a full segment."""
+    retransmits: int = 0
+    """Segments that were sent again."""
+    round_trip: int = 0
+    """Microseconds, smoothed; 0: not measured yet."""
 
 
 def find(attributes: bytes) -> TcpCounters | None:
@@ -55,4 +61,6 @@ def _read(info: bytes) -> TcpCounters | None:
     (received,) = _RECEIVED.unpack_from(info)
     segments_in, segments_out = _SEGMENTS.unpack_from(info)
     (sent,) = _SENT.unpack_from(info)
-    return TcpCounters(segments_in, segments_out, received, sent, segment)
+    (again,) = _RETRANSMITS.unpack_from(info)
+    (round_trip,) = _ROUND_TRIP.unpack_from(info)
+    return TcpCounters(segments_in, segments_out, received, sent, segment, again, round_trip)

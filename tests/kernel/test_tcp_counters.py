@@ -15,6 +15,7 @@ import pytest
 from dataplane.router.library_wire import Address
 from dataplane.router.seams import SocketEnd
 from dataplane.router.socket_table import AT_ONCE, Diag, diag_in
+from dataplane.router.tcp_counters import INFO_WANTED
 
 SO_COOKIE = 57
 
@@ -85,6 +86,23 @@ def test_a_socket_that_is_gone(diag: Diag) -> None:
         assert first is not None
         assert gone is None
         assert wrong is None
+
+
+def test_a_list_with_counters(diag: Diag) -> None:
+    """A list of all connections has the same counters as each alone, or none if none are wanted."""
+    with connections(2) as made:
+        client, server = made[0]
+        client.sendall(b"x" * 100)
+        assert len(server.recv(1000)) == 100
+        _, _, cookie = end(client)
+        found = {each.cookie: each.counters for each in diag.connected(INFO_WANTED) if each}
+        assert found[cookie] == diag.counters([end(client)])[0]
+        counters = found[cookie]
+        assert counters is not None
+        assert counters[:4] == (0, 1, 0, 100)
+        assert counters.retransmits == 0
+        assert 0 < counters.round_trip < 1_000_000
+        assert {each.counters for each in diag.connected() if each} == {None}
 
 
 class Counted:

@@ -17,7 +17,7 @@ from dataplane.router import library_wire as wire
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.library_wire import Address, Answer
 from dataplane.router.pairing import Pairing
-from dataplane.router.seams import SocketEnd
+from dataplane.router.seams import Sent, SocketEnd
 from dataplane.router.tcp_counters import TcpCounters
 from dataplane.router.verbs_wire import VerbsAnswer
 
@@ -115,6 +115,8 @@ class FakeMemory:
     handed: set[int] = field(default_factory=set)
     """Hearing ends that the router has closed."""
     weight: int = 12288
+    says: tuple[Sent, Sent] | None = (Sent(0, 0), Sent(0, 0))
+    """What the senders of each slot say."""
     refuses: bool = False
 
     def make(self, ring_size: int = layout.RING_SIZE, remote: bool = False) -> int:
@@ -161,6 +163,10 @@ class FakeMemory:
     def ring(self, descriptor: int) -> None:
         assert descriptor in self.bells
         self.rung.append(descriptor)
+
+    def sent(self, memory: int, slot: int) -> tuple[Sent, Sent] | None:
+        assert memory in self.arenas
+        return self.says
 
     def used(self, memory: int) -> int:
         assert memory in self.arenas
