@@ -4,6 +4,7 @@ GET  /admin/status    `status.Status` as JSON
 POST /admin/ping      {"address": …, "count": …} → `ping.PingResult`
 GET  /admin/connections  `dataplane.control.Connections`
 GET  /admin/verbs     `dataplane.control.VerbsObjects`
+GET  /admin/traffic   `traffic_names.TrafficReport`
 GET  /admin/metrics   Prometheus text
 POST /admin/runtime   `runtime_networks.RuntimeQuestion` → `runtime_networks.RuntimeAnswer`
 """
@@ -23,6 +24,7 @@ from driver.errors import FreeFlowError, InvalidRequest, NotFound
 from plugin.ping import PingRequest
 from plugin.runtime_networks import RuntimeAnswer, RuntimeQuestion
 from plugin.status import Status, explanation
+from plugin.traffic_names import TrafficReport
 
 T = TypeVar("T")
 
@@ -47,6 +49,7 @@ def create_admin(
     connections: Callable[[], Connections],
     verbs: Callable[[], VerbsObjects],
     runtime: Callable[[RuntimeQuestion], RuntimeAnswer],
+    traffic: Callable[[], TrafficReport],
 ) -> Flask:
     """The app. Errors are `{"error": text}`; FreeFlow's own also have what, cause and remedy."""
     app = Flask("freeflow-admin", static_folder=None)
@@ -68,6 +71,10 @@ def create_admin(
     @app.get("/admin/verbs")
     def list_verbs() -> Response:
         return _json(verbs())
+
+    @app.get("/admin/traffic")
+    def list_traffic() -> Response:
+        return _json(traffic())
 
     @app.post("/admin/runtime")
     def runtime_question() -> Response:

@@ -46,6 +46,7 @@ from plugin.router_process import CONTROL, RouterProcess, router_command, router
 from plugin.runtime_networks import FILE, PATIENCE, RuntimeNetworks
 from plugin.settings import Settings
 from plugin.snapshot import Snapshot
+from plugin.traffic_names import TrafficNames
 
 log = structlog.get_logger()
 
@@ -261,12 +262,14 @@ def _runtime_networks(paths: HostPaths, settings: Settings, core: Core) -> Runti
 def _admin(core: Core, snapshot: Snapshot, networks: RuntimeNetworks) -> Any:
     ping = Ping(core.driver, core.kernel, core.syncer, router=core.router)
     labels = PathLabels(core.driver, core.kernel, core.syncer)
+    named = TrafficNames(core.driver, core.kernel, core.syncer)
     return create_admin(
         snapshot,
         ping,
         lambda: labels.connections(core.router.connections()),
         core.router.verbs,
         networks.answer,
+        lambda: named.report(core.router.traffic()),
     )
 
 

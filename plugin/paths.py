@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
-from dataplane.control import ConnectionFact, Connections, PathCount
+from dataplane.control import ConnectionFact, Connections, PathCount, TrafficFacts
 from driver import allocate
 from driver.driver import Driver
 from driver.model import IPAddress, Network
 from plugin.facts import KernelFacts, SyncFacts
+
+Listed = TypeVar("Listed", Connections, TrafficFacts)
 
 OVERLAY: Final = "overlay"
 FAST: Final = "overlay+ebpf"
@@ -34,7 +36,7 @@ class PathLabels:
     kernel: KernelFacts
     syncer: SyncFacts
 
-    def connections(self, found: Connections) -> Connections:
+    def connections(self, found: Listed) -> Listed:
         """The router's list, with `overlay+ebpf` as the path of connections on the fast path."""
         networks = {network.id: network for network in self.driver.store.networks()}
         macs = self._macs()

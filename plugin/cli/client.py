@@ -17,6 +17,7 @@ from driver.unix_http import UnixConnection
 from plugin.host_paths import ADMIN_SOCKET
 from plugin.ping import PingRequest, PingResult
 from plugin.status import Status
+from plugin.traffic_names import TrafficReport
 
 T = TypeVar("T")
 
@@ -208,6 +209,10 @@ class Client:
     def verbs(self) -> VerbsObjects:
         """Raises NotRunning, FreeFlowError."""
         return self._value(VerbsObjects, "GET", "/admin/verbs")
+
+    def traffic(self) -> TrafficReport:
+        """Raises NotRunning, FreeFlowError."""
+        return self._value(TrafficReport, "GET", "/admin/traffic")
 
     def ping(self, address: str, count: int) -> PingResult:
         """Raises NotRunning, FreeFlowError."""

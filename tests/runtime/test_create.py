@@ -283,7 +283,7 @@ def test_the_plugins_own_answer(world: RuntimeWorld) -> None:
             time.sleep(0.5)
         return RuntimeAnswer(True)
 
-    app = create_admin(*(lambda *_: None,) * 4, answer)  # type: ignore[arg-type]
+    app = create_admin(*(lambda *_: None,) * 4, answer, lambda *_: None)  # type: ignore[arg-type]
     with served(app, world.top / "run/freeflow-admin/admin.sock"):
         for names, expected in (
             (["new"], True),

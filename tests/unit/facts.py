@@ -71,6 +71,10 @@ class FakeKernelFacts:
     def spoofed(self) -> dict[str, int]:
         return self.dropped
 
+    def learned(self, network_id: str) -> dict[str, IPAddress]:
+        del network_id
+        return self.behind
+
     def locate(self, network_id: str, mac: str) -> IPAddress | None:
         del network_id
         return self.behind.get(mac)

@@ -12,6 +12,8 @@ from dataplane.control import (
     ContainerCounts,
     PathCount,
     QueuePairFact,
+    RingTraffic,
+    TcpTraffic,
     VerbsDeviceFact,
     VerbsFacts,
     VerbsObjects,
@@ -28,6 +30,7 @@ from plugin.status import (
     ServiceStatus,
     Status,
 )
+from plugin.traffic_names import NamedTraffic, TrafficReport
 
 NET = "p3l8f1w0gk2c9d7h5m6n4b0aq"
 NET2 = "q7x2r5v8sl3b6c1j9k4m0d8ez"
@@ -56,6 +59,61 @@ LISTED = Connections(
         ),
     ),
     reasons={"remote": "the peer is on another host"},
+)
+
+TRAFFIC = TrafficReport(
+    connections=(
+        NamedTraffic(
+            namespace=4026532177,
+            container="web.1.abc",
+            network=NET,
+            local="10.0.4.7:5000",
+            remote="10.0.9.9:80",
+            path="overlay",
+            reason="remote",
+            cookie=21,
+            read=1000.0,
+            tcp=TcpTraffic(
+                bytes_in=1000,
+                bytes_out=2000,
+                segments_in=10,
+                segments_out=20,
+                retransmits=1,
+                round_trip=1500,
+            ),
+            service="web",
+        ),
+        NamedTraffic(
+            namespace=4026532177,
+            container="web.1.abc",
+            network=NET,
+            local="10.0.4.7:4000",
+            remote="10.0.4.8:80",
+            path="shm",
+            age=3.5,
+            cookie=22,
+            read=1000.0,
+            tcp=TcpTraffic(bytes_in=0, bytes_out=400, segments_in=0, segments_out=4),
+            ring=RingTraffic(
+                incarnation=7,
+                bytes_in=5 << 20,
+                bytes_out=1 << 20,
+                messages_in=500,
+                messages_out=100,
+            ),
+            service="web",
+            peer="db.1.def",
+            peer_service="db",
+            host="host1",
+        ),
+    ),
+    reasons={"remote": "the peer is on another host"},
+    read=1000.0,
+    router_cpu=5.0,
+    relay_cpu=2.0,
+    containers_relay_cpu={4026532177: 0.5},
+    host="host1",
+    networks={NET: "backend"},
 )
 
 LISTED_VERBS = VerbsObjects(

@@ -14,7 +14,8 @@ from plugin.admin import create_admin
 from plugin.ping import PingRequest
 from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import Status
-from tests.unit.statuses import LISTED, LISTED_VERBS, status
+from plugin.traffic_names import TrafficReport
+from tests.unit.statuses import LISTED, LISTED_VERBS, TRAFFIC, status
 
 
 def connections() -> Connections:
@@ -28,6 +29,7 @@ def client(ping: Any = None) -> FlaskClient:
         connections,
         lambda: LISTED_VERBS,
         lambda _question: RuntimeAnswer(True),
+        lambda: TRAFFIC,
     ).test_client()
 
 
@@ -48,6 +50,12 @@ def test_verbs() -> None:
     """The list of devices and queue pairs comes from the router."""
     answer = client().get("/admin/verbs")
     assert msgspec.json.decode(answer.data, type=VerbsObjects) == LISTED_VERBS
+
+
+def test_traffic() -> None:
+    """What connections have carried comes from the router, with names."""
+    answer = client().get("/admin/traffic")
+    assert msgspec.json.decode(answer.data, type=TrafficReport) == TRAFFIC
 
 
 def test_metrics() -> None:

@@ -39,6 +39,7 @@ from tests.unit.statuses import (
     LISTED,
     LISTED_VERBS,
     NET,
+    TRAFFIC,
     endpoint,
     finding,
     host,
@@ -99,6 +100,7 @@ class World:
             lambda: self.listed,
             lambda: self.listed_verbs,
             lambda _question: RuntimeAnswer(True),
+            lambda: TRAFFIC,
         )
 
     def _ping(self, wanted: PingRequest) -> PingResult:
@@ -226,6 +228,7 @@ def test_plugin_with_a_bug(world: World) -> None:
         lambda: LISTED,
         lambda: LISTED_VERBS,
         lambda _question: RuntimeAnswer(True),
+        lambda: TRAFFIC,
     )
     with served(admin, world.directory / "broken.sock") as broken:
         done = CliRunner().invoke(cli, ["--socket", str(broken), "status"])

@@ -22,7 +22,7 @@ from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import Status
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
-from tests.unit.statuses import LISTED, LISTED_VERBS, network, status
+from tests.unit.statuses import LISTED, LISTED_VERBS, TRAFFIC, network, status
 
 NAME = "web.1.abc"
 OURS = ("/run/freeflow/verbs/libibverbs.so.1", "/run/freeflow/verbs/libibverbs.so")
@@ -99,6 +99,7 @@ class World:
             _connections,
             _verbs,
             lambda _question: RuntimeAnswer(True),
+            lambda: TRAFFIC,
         )
         with served(app, admin), served(engine(answers), docker):
             client = Client(admin, Engine(docker))

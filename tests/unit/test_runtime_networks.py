@@ -160,7 +160,7 @@ def test_paths_and_limits_are_those_of_the_program() -> None:
     assert paths["SETTINGS"] == str(SETTINGS)
     assert paths["ADMIN_SOCKET"] == str(host.admin_socket)
     assert paths["NETWORKS"] == str(host.admin_socket.with_name(FILE))
-    app = create_admin(*(lambda *_: None,) * 5)  # type: ignore[arg-type]
+    app = create_admin(*(lambda *_: None,) * 6)  # type: ignore[arg-type]
     assert limits["MOST_ANSWER"] <= app.config["MAX_CONTENT_LENGTH"]
     assert limits["QUESTION_MILLISECONDS"] > PATIENCE * 1000
     assert limits["WORK_MILLISECONDS"] > limits["QUESTION_MILLISECONDS"]
