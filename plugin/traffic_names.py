@@ -30,7 +30,7 @@ class NamedTraffic(ConnectionTraffic, frozen=True, kw_only=True):
 
 
 class TrafficReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All connections of this host; the other fields are those of `dataplane.control.TrafficFacts`."""
+    """All connections of this host; other fields are those of `dataplane.control.TrafficFacts`."""
 
     connections: tuple[NamedTraffic, ...]
     reasons: dict[str, str]

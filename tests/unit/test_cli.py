@@ -20,6 +20,7 @@ from driver.balance import HERE, NONE_HERE
 from driver.errors import InvalidRequest, NotFound
 from plugin.admin import create_admin
 from plugin.cli.commands import cli
+from plugin.cli.top import TopReport
 from plugin.ping import PingRequest, PingResult
 from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import (
@@ -52,6 +53,7 @@ COMMANDS = (
     "status",
     "peers",
     "connections",
+    "top",
     "ping",
     "doctor",
     "bugreport",
@@ -293,6 +295,39 @@ def test_nothing_yet(world: World) -> None:
     """Without networks the status shows how to create one."""
     world.status = status(networks=[])
     assert "docker network create -d freeflow:latest --attachable NAME" in world.run().output
+
+
+# --- top
+
+
+def test_top_once(world: World) -> None:
+    """One report is printed without a terminal: the first line, and a table."""
+    done = world.run("top", "--once", "-i", "0.2", "--filter", "db")
+    assert done.exit_code == 0
+    first, heads, row = done.output.splitlines()
+    assert first.startswith("1 end of connections: 1 shm")
+    assert heads.startswith("CONTAINER")
+    assert row.startswith("web.1.abc  10.0.4.7:4000  10.0.4.8:80  db.1.def on host1  shm")
+
+
+def test_top_as_json(world: World) -> None:
+    """The report of a group as JSON has each of its fields."""
+    done = world.run("top", "--json", "-i", "0.2", "--by", "service")
+    report = msgspec.json.decode(done.output, type=TopReport, strict=True)
+    assert (report.by, [(row.name, row.ends) for row in report.rows]) == ("service", [("web", 2)])
+    assert set(json.loads(done.output)) == _fields(TopReport)
+    assert report.reasons == TRAFFIC.reasons
+
+
+def test_top_without_a_terminal(world: World) -> None:
+    """Without a terminal it says what to type instead; without a plugin, why."""
+    done = world.run("top")
+    assert done.exit_code == 2
+    assert "--once prints one report" in done.output
+    world.status = None
+    done = world.run("top", "--once")
+    assert done.exit_code == 2
+    assert "the plugin does not answer" in done.output
 
 
 # --- JSON
