@@ -201,6 +201,12 @@ class NamespaceBed:
     def shared(self) -> Path:
         return self.folder / "shared"
 
+    def place_library(self, library: Path) -> None:
+        """Give programs that start from now on this library; those that run keep theirs."""
+        fresh = self.shared / f"{LIBRARY}.new"
+        shutil.copy(library, fresh)
+        fresh.replace(self.shared / LIBRARY)
+
     @property
     def router(self) -> RouterClient:
         """A client of the router's control socket."""
@@ -335,8 +341,6 @@ def bed(
     folder = Path(tempfile.mkdtemp(prefix="freeflow-bed-"))
     folder.chmod(0o755)
     (shared := folder / "shared").mkdir(mode=0o755)
-    if library is not None:
-        shutil.copy(library, shared / LIBRARY)
     containers = {
         name: BedContainer(name, number, shared)
         for number, name in enumerate(names or ("a", "b"), 2)
@@ -350,6 +354,8 @@ def bed(
         loopback,
         guard,
     )
+    if library is not None:
+        made.place_library(library)
     bridge = new_namespace()
     try:
         connect(list(containers.values()), bridge)

@@ -33,7 +33,7 @@ from pyroute2 import IPRoute
 from dataplane.control import PeerFact, RdmaFacts, RelayFacts, RouterSettings, RouterSnapshot
 from driver.kernel.namespace import in_netns
 from testbed.kernel_hosts import new_namespace, write_vips
-from testbed.namespace_bed import LIBRARY, BedContainer, NamespaceBed, connect
+from testbed.namespace_bed import BedContainer, NamespaceBed, connect
 from testbed.patience import patience
 from testbed.versions import THIS, Version
 from tests.unit.swarm_ca import Authority, write
@@ -108,9 +108,7 @@ class HostBed(NamespaceBed):
         """
         self.kill_router()
         self.version, self.relay = version, version.relay
-        fresh = self.shared / f"{LIBRARY}.new"
-        shutil.copy(version.library, fresh)
-        fresh.replace(self.shared / LIBRARY)
+        self.place_library(version.library)
         self.start_router()
 
     def renew(self) -> None:
@@ -194,7 +192,7 @@ def _install(hosts: Sequence[HostBed], versions: Sequence[Version]) -> None:
     """Give each host a version, and a certificate of one Swarm."""
     for host, version in zip(hosts, versions, strict=True):
         host.version, host.relay = version, version.relay
-        shutil.copy(version.library, host.shared / LIBRARY)
+        host.place_library(version.library)
     _certify(hosts, Authority())
 
 
@@ -266,8 +264,6 @@ def two_hosts(
         for number, names in enumerate((here, there), 1):
             place = folder / str(number)
             (place / "shared").mkdir(parents=True)
-            if library is not None:
-                shutil.copy(library, place / "shared" / LIBRARY)
             containers = {
                 name: BedContainer(name, next(numbers), place / "shared") for name in names
             }
@@ -275,6 +271,8 @@ def two_hosts(
             host = HostBed(
                 place, containers, known, wanted, number=number, relay=relay, path=path, ruled=ruled
             )
+            if library is not None:
+                host.place_library(library)
             host.device = path == "rdma" if devices is None else devices[number - 1]
             made.append(host)
         if versions is not None:

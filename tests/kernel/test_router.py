@@ -19,7 +19,7 @@ from typing import Final
 
 import pytest
 
-from dataplane.control import ConnectionFact, Limits, RouterSettings
+from dataplane.control import ConnectionFact, Limits, RingTraffic, RouterSettings
 from dataplane.router import layout
 from dataplane.router import library_wire as wire
 from dataplane.router.library_wire import Address
@@ -584,3 +584,32 @@ def test_admin_socket_is_roots(pair: Pair) -> None:
             answers += connection.recv(4096)
     assert answers.count(b'"type":"failed"') == 2
     pair.upgraded()
+
+
+def test_what_a_ring_carries_is_bounded(pair: Pair) -> None:
+    """The router reads a ring's words at both ends, and believes only what is possible."""
+    grant, _, memory = pair.upgraded()
+    assert memory is not None
+
+    def rings() -> list[RingTraffic | None]:
+        found = pair.bed.router.traffic().connections
+        assert {each.path for each in found} == {"shm"}
+        assert all(each.tcp is not None for each in found)
+        return [each.ring for each in found]
+
+    def write(tail: int, messages: int) -> None:
+        start = layout.ring_offset(grant.slot, grant.side)
+        os.pwrite(memory, struct.pack("=Q", tail), start)
+        os.pwrite(memory, struct.pack("=Q", messages), start + layout.MESSAGES_OFFSET)
+
+    until(lambda: len(rings()) == 2)
+    write(500, 5)
+    one, other = rings()
+    assert one is not None
+    assert other is not None
+    assert {(each.bytes_in, each.bytes_out) for each in (one, other)} == {(500, 0), (0, 500)}
+    assert {(each.messages_in, each.messages_out) for each in (one, other)} == {(5, 0), (0, 5)}
+    for tail in ((1 << 64) - 1, 1 << 63, 1 << 60):
+        write(tail, tail)
+        assert rings() == [None, None]
+    assert pair.bed.router.statistics().bugs == 0
