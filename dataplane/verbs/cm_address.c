@@ -44,20 +44,20 @@ bool cm_address_read(union cm_address *to, const void *from, size_t room)
         return true;
 }
 
-bool cm_address_is_any(const union cm_address *address)
-{
-        static const struct in6_addr any;
-
-        if (address->any.sa_family == AF_INET)
-                return !address->four.sin_addr.s_addr;
-        return !memcmp(&address->six.sin6_addr, &any, sizeof any);
-}
-
 bool cm_address_is_loopback(const union cm_address *address)
 {
         if (address->any.sa_family == AF_INET)
                 return (ntohl(address->four.sin_addr.s_addr) >> 24) == IN_LOOPBACKNET;
         return IN6_IS_ADDR_LOOPBACK(&address->six.sin6_addr);
+}
+
+bool cm_address_is_any(const union cm_address *address)
+{
+        if (cm_address_is_loopback(address))
+                return true;
+        if (address->any.sa_family == AF_INET)
+                return !address->four.sin_addr.s_addr;
+        return IN6_IS_ADDR_UNSPECIFIED(&address->six.sin6_addr);
 }
 
 bool cm_address_is_multicast(const union cm_address *address)

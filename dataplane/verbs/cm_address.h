@@ -21,8 +21,10 @@ union cm_address {
 size_t cm_address_size(uint16_t family);
 /* Read one from so many bytes. False: there is none that we serve. */
 bool cm_address_read(union cm_address *to, const void *from, size_t room);
-bool cm_address_is_any(const union cm_address *address);
 bool cm_address_is_loopback(const union cm_address *address);
+/* The unspecified address or one of loopback, which no device has: as in cma.c both stand for any
+ * of the container's own. */
+bool cm_address_is_any(const union cm_address *address);
 bool cm_address_is_multicast(const union cm_address *address);
 /* In host byte order. */
 uint16_t cm_address_port(const union cm_address *address);

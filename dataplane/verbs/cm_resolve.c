@@ -83,7 +83,7 @@ static int find_device(struct cm_id *id)
         id->gid = cm_address_is_any(&id->source) ? -1 : cm_address_place(&id->source);
         if (id->gid >= 0 || cm_address_is_any(&id->source))
                 return 0;
-        return cm_address_is_loopback(&id->source) ? -ENODEV : -EADDRNOTAVAIL;
+        return -EADDRNOTAVAIL;
 }
 
 static int take_address(struct cm_id *id, const union cm_address *address)

@@ -91,6 +91,19 @@ bool cm_told(struct cm_id *id)
         return client_epoch(&id->told_by);
 }
 
+/* What stands for any address of a family. Of IPv6 it is 0, and means all of both unless the
+ * program says that it isn't to. */
+static union ibv_gid any_of(const struct cm_id *id)
+{
+        static const union cm_address four = {.any.sa_family = AF_INET};
+        union ibv_gid gid = {.raw = {0}};
+
+        if (id->source.any.sa_family != AF_INET6)
+                return cm_address_gid(&four);
+        gid.raw[15] = id->only_family || cm_address_is_loopback(&id->source);
+        return gid;
+}
+
 bool cm_send_listen(struct cm_id *id)
 {
         struct v_listen message = {
@@ -101,11 +114,8 @@ bool cm_send_listen(struct cm_id *id)
             .backlog = id->state == CM_LISTEN ? CM_BACKLOG : 0,
             .reuse = id->reuse,
         };
-        union ibv_gid gid = cm_address_gid(&id->source);
+        union ibv_gid gid = cm_address_is_any(&id->source) ? any_of(id) : cm_address_gid(&id->source);
 
-        /* Of IPv6 "any" is 0, and means all unless the program says that it isn't to. */
-        if (id->source.any.sa_family == AF_INET6 && cm_address_is_any(&id->source) && id->only_family)
-                gid.raw[15] = 1;
         memcpy(message.gid.bytes, gid.raw, sizeof message.gid.bytes);
         return cm_told(id) && tell(&message, sizeof message);
 }

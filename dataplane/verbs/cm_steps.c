@@ -26,13 +26,17 @@ static union ibv_gid gid_of(const struct verbs_gid *from)
         return gid;
 }
 
-/* Is the address that was asked for one of the listener's? */
-static bool serves(const struct cm_id *listener, const union cm_address *asked)
+/* Is the address that was asked for one of the listener's? One of loopback is for the container
+ * alone, though in the kernel it is for all. */
+static bool serves(const struct cm_id *listener, const union cm_address *asked, const union ibv_gid *asker)
 {
         const union cm_address *own = &listener->source;
+        uint32_t place;
         bool same = own->any.sa_family == asked->any.sa_family;
         union ibv_gid one = cm_address_gid(own), other = cm_address_gid(asked);
 
+        if (cm_address_is_loopback(own))
+                return same && port_find(asker, &place);
         if (cm_address_is_any(own))
                 return same || (own->any.sa_family == AF_INET6 && !listener->only_family);
         return same && !memcmp(&one, &other, sizeof one);
@@ -71,14 +75,14 @@ static uint32_t ask(struct cm_id *listener, const struct v_connection *request)
         uint32_t nobody = datagrams ? CM_RESOLVE_UNSUPPORTED : CM_REJECT_NO_SERVICE;
         union cm_address asked;
         struct cm_event *event;
-        union ibv_gid gid;
+        union ibv_gid gid, asker = gid_of(&request->peer_gid);
         struct cm_id *id;
 
         if (!listener || listener->state != CM_LISTEN || listener->space != request->space ||
             (listener->type == IBV_QPT_UD) != datagrams || !port_gid(request->gid_index, &gid))
                 return nobody;
         asked = cm_address_of(&gid, cm_address_port(&listener->source));
-        if (!serves(listener, &asked))
+        if (!serves(listener, &asked, &asker))
                 return nobody;
         /* Over its backlog nobody is told anything: the peer asks again. */
         if (!listener->backlog || asked_for(request->connection))

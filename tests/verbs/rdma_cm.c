@@ -471,7 +471,6 @@ static void check_addresses(void)
         of_ib.addr_size = 47;
         CHECK(COMMAND(fd, BIND, of_ib, 0) == -EINVAL);
         CHECK(bind_to(fd, one, "10.9.9.9", 0) == -EADDRNOTAVAIL);
-        CHECK(bind_to(fd, one, "127.0.0.1", 0) == -ENODEV);
         CHECK(bind_to(fd, one, OWN, 0) == 0 && (port = port_of(fd, one)));
         found = route(fd, one);
         CHECK(found.node_guid && found.port_num == 1 && found.num_paths == 0);
@@ -496,6 +495,11 @@ static void check_addresses(void)
         CHECK(resolve(fd, three, "192.0.2.1", 1) == 0);
         CHECK((int)expect(fd, ADDRESS_ERROR).status < 0);
         CHECK(resolve(fd, three, OWN, 1) == 0 && expect(fd, ADDRESS_RESOLVED).id == three);
+        /* Loopback is no address of the device's, and stands for any. */
+        one = create(fd, 5, RDMA_PS_TCP);
+        CHECK(bind_to(fd, one, "127.0.0.1", 0) == 0 && port_of(fd, one) && !route(fd, one).node_guid);
+        CHECK(resolve(fd, one, "127.0.0.9", 1) == 0 && expect(fd, ADDRESS_RESOLVED).id == one);
+        CHECK(route(fd, one).ib_route[0].dgid[10] == 0xff && route(fd, one).ib_route[0].dgid[15] == 1);
 }
 
 static void check_connection(void)

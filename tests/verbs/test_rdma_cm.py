@@ -231,3 +231,17 @@ def test_groups(pair: Containers, bound: bool) -> None:
         # It may not have joined yet.
         finish(pair.start(1, "mckey", "-m", "239.0.0.7", "-s", *own[1]))
     assert "data transfers complete" in finish(member)
+
+
+@pytest.mark.kernel
+def test_loopback(pair: Containers) -> None:
+    """Who listens at an address of loopback is reached from its own container alone."""
+    if shutil.which("rping") is None:
+        pytest.skip("missing: rping (make setup)")
+    served = pair.start(0, "rping", "-s", "-a", "127.0.0.1", "-C", "3")
+    asks = ["rping", "-c", "-C", "3", "-a"]
+    until = time.monotonic() + patience(20)
+    assert pair.start(1, *asks, ADDRESSES[0]).wait(patience(30))
+    while pair.start(0, *asks, "127.0.0.1").wait(patience(30)):
+        assert time.monotonic() < until, "it has not listened"
+    finish(served)
