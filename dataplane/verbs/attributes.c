@@ -44,7 +44,9 @@ static void describe_device(struct ibv_device_attr *to)
             .max_qp_rd_atom = MOST_READS,
             .max_res_rd_atom = MOST_READS * (int)port_most_queue_pairs(),
             .max_qp_init_rd_atom = MOST_READS,
-            .atomic_cap = IBV_ATOMIC_GLOB,
+            /* They are so towards processors, too (IBV_ATOMIC_GLOB), but of devices that say that
+             * UCX uses none. */
+            .atomic_cap = IBV_ATOMIC_HCA,
             .max_ah = OTHERS,
             .max_mcast_grp = GROUPS,
             .max_mcast_qp_attach = GROUPS,
