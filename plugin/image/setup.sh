@@ -9,6 +9,8 @@ python3-venv shellcheck strace util-linux"
 wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"
 # Programs of verbs, and rdma-core's own tests, which use our libibverbs.
 wanted="$wanted ibverbs-utils perftest python3-pyverbs rdmacm-utils"
+# Applications that use verbs by libraries of their own.
+wanted="$wanted libfabric-bin libopenmpi-dev openmpi-bin qperf ucx-utils"
 # Programs that the tests accelerate. Debian has Python's own tests in a package of their own.
 wanted="$wanted cargo curl default-jdk-headless g++ golang-go iperf3 libasio-dev librust-tokio-dev rustc $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |
     sed 's/python/libpython/')-testsuite haproxy memcached nginx-light nodejs postgresql redis-server rsync"
