@@ -208,6 +208,12 @@ def test_programs(pair: Containers, name: str) -> None:
         said = asked.communicate()[0]
         assert served.poll() is None, said
         assert time.monotonic() < until, said
+        if "riomap" in said:
+            # riostream listens before it has set its options. Who connects in between ends, and
+            # the server reads memory that nobody writes.
+            served.kill()
+            served.communicate()
+            served = pair.start(0, *server)
     asked.communicate()
     if name in ENDLESS:
         served.kill()
