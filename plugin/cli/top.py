@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import msgspec
 
-from plugin.cli.rates import MeasuredConnection, MeasuredTraffic, Rates, measure
 from plugin.cli.table import amount, table
 from plugin.cli.terminal import shown_all
+from plugin.rates import MeasuredConnection, MeasuredTraffic, Rates, measure
 from plugin.traffic_names import TrafficReport
 
 BY: Final = ("connection", "container", "service", "host", "path")

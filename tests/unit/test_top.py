@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataplane.control import RING_MOST, RingTraffic, TcpTraffic
-from plugin.cli.rates import Rates, measure, rates_of
 from plugin.cli.top import BY, SORTS, Top, TopReport, TopView, head, show
+from plugin.rates import Rates, measure, rates_of
 from plugin.traffic_names import NamedTraffic, TrafficReport
 from tests.unit.statuses import NET, TRAFFIC
 
