@@ -12,6 +12,7 @@ POST /admin/runtime   `runtime_networks.RuntimeQuestion` → `runtime_networks.R
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -43,50 +44,55 @@ def _body(kind: type[T], what: str, remedy: str) -> T:
         raise InvalidRequest(what, cause=str(error), remedy=remedy) from error
 
 
-def create_admin(
-    snapshot: Callable[[], Status],
-    ping: Callable[[PingRequest], Any],
-    connections: Callable[[], Connections],
-    verbs: Callable[[], VerbsObjects],
-    runtime: Callable[[RuntimeQuestion], RuntimeAnswer],
-    traffic: Callable[[], TrafficReport],
-) -> Flask:
+@dataclass(frozen=True, kw_only=True)
+class AdminAnswers:
+    """What answers the requests; each may raise FreeFlowError."""
+
+    status: Callable[[], Status]
+    ping: Callable[[PingRequest], Any]
+    connections: Callable[[], Connections]
+    verbs: Callable[[], VerbsObjects]
+    traffic: Callable[[], TrafficReport]
+    runtime: Callable[[RuntimeQuestion], RuntimeAnswer]
+
+
+def create_admin(answers: AdminAnswers) -> Flask:
     """The app. Errors are `{"error": text}`; FreeFlow's own also have what, cause and remedy."""
     app = Flask("freeflow-admin", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 4096
 
     @app.get("/admin/status")
     def status() -> Response:
-        return _json(snapshot())
+        return _json(answers.status())
 
     @app.post("/admin/ping")
     def run_ping() -> Response:
         remedy = "freeflow ping --help shows the arguments"
-        return _json(ping(_body(PingRequest, "ping", remedy)))
+        return _json(answers.ping(_body(PingRequest, "ping", remedy)))
 
     @app.get("/admin/connections")
     def list_connections() -> Response:
-        return _json(connections())
+        return _json(answers.connections())
 
     @app.get("/admin/verbs")
     def list_verbs() -> Response:
-        return _json(verbs())
+        return _json(answers.verbs())
 
     @app.get("/admin/traffic")
     def list_traffic() -> Response:
-        return _json(traffic())
+        return _json(answers.traffic())
 
     @app.post("/admin/runtime")
     def runtime_question() -> Response:
         remedy = "freeflow-runc is of another version: freeflow runtime install"
-        return _json(runtime(_body(RuntimeQuestion, "networks", remedy)))
+        return _json(answers.runtime(_body(RuntimeQuestion, "networks", remedy)))
 
     @app.get("/admin/metrics")
     def metrics() -> Response:
         # Not imported at the top: no call of Docker needs it, and its imports are large.
         from plugin.metrics import render
 
-        return Response(render(snapshot()), content_type="text/plain; version=0.0.4")
+        return Response(render(answers.status()), content_type="text/plain; version=0.0.4")
 
     def failure(error: Exception) -> Response:
         if isinstance(error, HTTPException):

@@ -35,7 +35,7 @@ from driver.store import Store
 from driver.sync import Syncer
 from driver.vip import NftBalancer
 from plugin import host_command, library_file
-from plugin.admin import create_admin
+from plugin.admin import AdminAnswers, create_admin
 from plugin.app import create_app
 from plugin.calls import CallStatistics
 from plugin.deaths import ROUTER, Deaths
@@ -263,14 +263,15 @@ def _admin(core: Core, snapshot: Snapshot, networks: RuntimeNetworks) -> Any:
     ping = Ping(core.driver, core.kernel, core.syncer, router=core.router)
     labels = PathLabels(core.driver, core.kernel, core.syncer)
     named = TrafficNames(core.driver, core.kernel, core.syncer)
-    return create_admin(
-        snapshot,
-        ping,
-        lambda: labels.connections(core.router.connections()),
-        core.router.verbs,
-        networks.answer,
-        lambda: named.report(core.router.traffic()),
+    answers = AdminAnswers(
+        status=snapshot,
+        ping=ping,
+        connections=lambda: labels.connections(core.router.connections()),
+        verbs=core.router.verbs,
+        traffic=lambda: named.report(core.router.traffic()),
+        runtime=networks.answer,
     )
+    return create_admin(answers)
 
 
 def _parts(

@@ -14,6 +14,7 @@ from plugin.admin import create_admin
 from plugin.runtime_networks import RuntimeAnswer, RuntimeQuestion
 from tests.runtime.world import ID, LARGEST, NETWORK, OTHER, PRELOAD, RuntimeWorld, go_json
 from tests.unit.sockets import served
+from tests.unit.statuses import admin_answers
 
 MOUNT = {
     "destination": "/run/freeflow",
@@ -283,7 +284,7 @@ def test_the_plugins_own_answer(world: RuntimeWorld) -> None:
             time.sleep(0.5)
         return RuntimeAnswer(True)
 
-    app = create_admin(*(lambda *_: None,) * 4, answer, lambda *_: None)  # type: ignore[arg-type]
+    app = create_admin(admin_answers(runtime=answer))
     with served(app, world.top / "run/freeflow-admin/admin.sock"):
         for names, expected in (
             (["new"], True),

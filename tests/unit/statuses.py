@@ -18,6 +18,8 @@ from dataplane.control import (
     VerbsFacts,
     VerbsObjects,
 )
+from plugin.admin import AdminAnswers
+from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import (
     CallStatus,
     EndpointStatus,
@@ -276,3 +278,16 @@ def status(**fields: Any) -> Status:
         ),
     )
     return msgspec.structs.replace(made, **fields)
+
+
+def admin_answers(**changes: Any) -> AdminAnswers:
+    """What a healthy plugin answers its command, but for `changes`."""
+    known: dict[str, Any] = {
+        "status": status,
+        "ping": lambda wanted: wanted,
+        "connections": lambda: LISTED,
+        "verbs": lambda: LISTED_VERBS,
+        "traffic": lambda: TRAFFIC,
+        "runtime": lambda _question: RuntimeAnswer(True),
+    }
+    return AdminAnswers(**{**known, **changes})

@@ -12,25 +12,14 @@ from dataplane.control import Connections, VerbsObjects
 from driver.errors import InvalidRequest, KernelError, NotFound
 from plugin.admin import create_admin
 from plugin.ping import PingRequest
-from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import Status
 from plugin.traffic_names import TrafficReport
-from tests.unit.statuses import LISTED, LISTED_VERBS, TRAFFIC, status
-
-
-def connections() -> Connections:
-    return LISTED
+from tests.unit.statuses import LISTED, LISTED_VERBS, TRAFFIC, admin_answers, status
 
 
 def client(ping: Any = None) -> FlaskClient:
-    return create_admin(
-        status,
-        ping or (lambda wanted: wanted),
-        connections,
-        lambda: LISTED_VERBS,
-        lambda _question: RuntimeAnswer(True),
-        lambda: TRAFFIC,
-    ).test_client()
+    answers = admin_answers() if ping is None else admin_answers(ping=ping)
+    return create_admin(answers).test_client()
 
 
 def test_status() -> None:

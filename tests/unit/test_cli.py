@@ -22,7 +22,6 @@ from plugin.admin import create_admin
 from plugin.cli.commands import cli
 from plugin.cli.top import TopReport
 from plugin.ping import PingRequest, PingResult
-from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import (
     CallStatus,
     EndpointStatus,
@@ -41,6 +40,7 @@ from tests.unit.statuses import (
     LISTED_VERBS,
     NET,
     TRAFFIC,
+    admin_answers,
     endpoint,
     finding,
     host,
@@ -96,14 +96,13 @@ class World:
         return self.status
 
     def _admin(self) -> Flask:
-        return create_admin(
-            self._snapshot,
-            self._ping,
-            lambda: self.listed,
-            lambda: self.listed_verbs,
-            lambda _question: RuntimeAnswer(True),
-            lambda: TRAFFIC,
+        answers = admin_answers(
+            status=self._snapshot,
+            ping=self._ping,
+            connections=lambda: self.listed,
+            verbs=lambda: self.listed_verbs,
         )
+        return create_admin(answers)
 
     def _ping(self, wanted: PingRequest) -> PingResult:
         self.pinged.append(wanted)
@@ -224,14 +223,7 @@ def test_plugin_that_answers_nonsense(world: World) -> None:
 def test_plugin_with_a_bug(world: World) -> None:
     """An error inside the plugin is shown with its remedy; the exit code is 2."""
     world.status = None
-    admin = create_admin(
-        lambda: 1 / 0,  # type: ignore[arg-type, return-value]
-        world._ping,
-        lambda: LISTED,
-        lambda: LISTED_VERBS,
-        lambda _question: RuntimeAnswer(True),
-        lambda: TRAFFIC,
-    )
+    admin = create_admin(admin_answers(status=lambda: 1 / 0))
     with served(admin, world.directory / "broken.sock") as broken:
         done = CliRunner().invoke(cli, ["--socket", str(broken), "status"])
     assert done.exit_code == 2

@@ -18,11 +18,10 @@ from plugin.cli.container_check import examine_container
 from plugin.cli.doctor import DoctorReport
 from plugin.cli.loaded import host_file, inspect_process
 from plugin.cli.preload import LIBRARY
-from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import Status
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
-from tests.unit.statuses import LISTED, LISTED_VERBS, TRAFFIC, network, status
+from tests.unit.statuses import LISTED, LISTED_VERBS, admin_answers, network, status
 
 NAME = "web.1.abc"
 OURS = ("/run/freeflow/verbs/libibverbs.so.1", "/run/freeflow/verbs/libibverbs.so")
@@ -94,12 +93,7 @@ class World:
         }
         admin, docker = self.directory / "admin.sock", self.directory / "docker.sock"
         app = create_admin(
-            lambda: self.status,  # type: ignore[arg-type, return-value]
-            lambda wanted: wanted,
-            _connections,
-            _verbs,
-            lambda _question: RuntimeAnswer(True),
-            lambda: TRAFFIC,
+            admin_answers(status=lambda: self.status, connections=_connections, verbs=_verbs)
         )
         with served(app, admin), served(engine(answers), docker):
             client = Client(admin, Engine(docker))

@@ -25,6 +25,7 @@ from plugin.runtime_networks import (
     RuntimeNetworks,
     RuntimeQuestion,
 )
+from tests.unit.statuses import admin_answers
 
 TOP = Path(__file__).parents[2]
 
@@ -160,7 +161,7 @@ def test_paths_and_limits_are_those_of_the_program() -> None:
     assert paths["SETTINGS"] == str(SETTINGS)
     assert paths["ADMIN_SOCKET"] == str(host.admin_socket)
     assert paths["NETWORKS"] == str(host.admin_socket.with_name(FILE))
-    app = create_admin(*(lambda *_: None,) * 6)  # type: ignore[arg-type]
+    app = create_admin(admin_answers())
     assert limits["MOST_ANSWER"] <= app.config["MAX_CONTENT_LENGTH"]
     assert limits["QUESTION_MILLISECONDS"] > PATIENCE * 1000
     assert limits["WORK_MILLISECONDS"] > limits["QUESTION_MILLISECONDS"]

@@ -24,10 +24,9 @@ import pytest
 
 from dataplane.errors import RouterAway
 from plugin.admin import create_admin
-from plugin.runtime_networks import RuntimeAnswer
 from plugin.traffic_names import TrafficReport
 from tests.unit.sockets import served
-from tests.unit.statuses import LISTED, LISTED_VERBS, TRAFFIC, status
+from tests.unit.statuses import TRAFFIC, admin_answers
 
 TOP = Path(__file__).parents[2]
 LONG = 30.0
@@ -206,14 +205,7 @@ def top(
     plugin: Plugin, directory: Path, *options: str, term: str = "vt100", locale: str = "C.UTF-8"
 ) -> Iterator[Screen]:
     """The command on a terminal."""
-    app = create_admin(
-        status,
-        lambda wanted: wanted,
-        lambda: LISTED,
-        lambda: LISTED_VERBS,
-        lambda _question: RuntimeAnswer(True),
-        plugin.traffic,
-    )
+    app = create_admin(admin_answers(traffic=plugin.traffic))
     with served(app, directory / "admin.sock") as path:
         command = (sys.executable, "-m", "plugin.cli", "--socket", str(path), "top", *options)
         screen = Screen(*command, term=term, locale=locale)
