@@ -1,70 +1,28 @@
-"""The commands and their options. `show.py` formats what they print, `doctor.py` has the checks."""
+"""The commands and their options; large ones are in `commands_*.py`, and what they share in
+`command_parts.py`. `show.py` formats what they print, `doctor.py` has the checks.
+"""
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import click
 
 from driver.errors import FreeFlowError
-from plugin.cli.client import Client, Engine, InUse, NotRunning
+from plugin.cli.client import Client, Engine, InUse
+from plugin.cli.command_parts import PROBLEMS, UNUSABLE, explained, json_option, say_value
+from plugin.cli.commands_runtime import runtime
+from plugin.cli.commands_top import top
 from plugin.cli.show import findings, show_connections, show_peers, show_status, show_verbs
 from plugin.cli.terminal import json_text, lines, say, say_json, shown, shown_all
-from plugin.cli.top import BY, SORTS, Top, TopView, head, show
 from plugin.cli.user_files import users_root
-from plugin.status import explanation
 from plugin.version import VERSION
 
-P = ParamSpec("P")
-
-UNUSABLE = 2
 TRACEBACK = "FREEFLOW_TRACEBACK"
 """If this variable is set, a bug ends a command with its traceback."""
-PROBLEMS = 1
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-
-
-def _explained(
-    *, problems: tuple[type[FreeFlowError], ...] = (), err: bool = False
-) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """A command whose errors end it with what failed, why, and what to type.
-
-    The exit code is 1 after one of `problems`, otherwise 2. `err`: they go to stderr.
-    """
-
-    def decorate(command: Callable[P, None]) -> Callable[P, None]:
-        @functools.wraps(command)
-        def run(*args: P.args, **options: P.kwargs) -> None:
-            try:
-                command(*args, **options)
-            except FreeFlowError as error:
-                if options.get("as_json"):
-                    say_json(explanation(error))
-                else:
-                    say(f"freeflow: {shown(error.reason)}", err=err)
-                    if error.remedy:
-                        say(f"    do: {shown(error.remedy)}", err=err)
-                expected = isinstance(error, problems) and not isinstance(error, NotRunning)
-                sys.exit(PROBLEMS if expected else UNUSABLE)
-
-        return run
-
-    return decorate
-
-
-def _print(value: Any, text: str, as_json: bool) -> None:
-    """Print a value as JSON, or its text."""
-    if as_json:
-        say_json(value)
-    else:
-        say(text, newline=False)
 
 
 class _Guarded(click.Group):
@@ -120,10 +78,14 @@ def cli(context: click.Context, socket: Path | None, engine: Path | None) -> Non
         context.invoke(status)
 
 
+cli.add_command(runtime)
+cli.add_command(top)
+
+
 @cli.command()
-@_json
+@json_option
 @click.pass_obj
-@_explained()
+@explained()
 def status(client: Client, as_json: bool = False) -> None:
     """Show problems, networks, endpoints and peers.
 
@@ -131,25 +93,25 @@ def status(client: Client, as_json: bool = False) -> None:
     2 the plugin is not running or can't be used.
     """
     found = client.status()
-    _print(found, show_status(found), as_json)
+    say_value(found, show_status(found), as_json)
     sys.exit(0 if found.healthy else PROBLEMS)
 
 
 @cli.command()
-@_json
+@json_option
 @click.pass_obj
-@_explained()
+@explained()
 def peers(client: Client, as_json: bool) -> None:
     """List the other hosts and the shared networks."""
     found = client.status()
-    _print({network.id: network.peers for network in found.networks}, show_peers(found), as_json)
+    say_value({network.id: network.peers for network in found.networks}, show_peers(found), as_json)
 
 
 @cli.command()
 @click.option("--verbs", is_flag=True, help="List devices and queue pairs of RDMA verbs instead.")
-@_json
+@json_option
 @click.pass_obj
-@_explained()
+@explained()
 def connections(client: Client, verbs: bool, as_json: bool) -> None:
     """List TCP connections with their paths.
 
@@ -160,61 +122,10 @@ def connections(client: Client, verbs: bool, as_json: bool) -> None:
     """
     if verbs:
         objects = client.verbs()
-        _print(objects, show_verbs(objects), as_json)
+        say_value(objects, show_verbs(objects), as_json)
         return
     found = client.connections()
-    _print(found, show_connections(found), as_json)
-
-
-@cli.command()
-@click.option(
-    "--by", type=click.Choice(BY), default=BY[0], show_default=True, help="Group by this."
-)
-@click.option("--sort", type=click.Choice(SORTS), default=SORTS[0], show_default=True)
-@click.option("--filter", "wanted", default="", help="Only connections with this in a text.")
-@click.option(
-    "-i",
-    "--interval",
-    default=2.0,
-    show_default=True,
-    type=click.FloatRange(0.2, 60),
-    help="Seconds between two reports.",
-)
-@click.option("--once", is_flag=True, help="Print one report of one interval.")
-@_json
-@click.pass_obj
-@_explained()
-def top(
-    client: Client, by: str, sort: str, wanted: str, interval: float, once: bool, as_json: bool
-) -> None:
-    """Show what connections carry, live.
-
-    Connections are those of `freeflow connections`, each with bytes, messages and sent-again
-    segments per second. A message is a segment with data on TCP, and a write into shared memory
-    otherwise; `-`: nobody counts them. --by shows sums over the ends of connections: of each
-    container or service of this host, of each host at the far end, or of each path.
-
-    Keys: q quit, p pause, b group, s sort, r reverse, / filter, + and - interval.
-
-    \b
-    freeflow top
-    freeflow top --by service --sort messages
-    freeflow top --once --json
-    """
-    live = Top(TopView(by, sort, False, wanted))
-    if not (once or as_json):
-        if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            raise click.UsageError("freeflow top needs a terminal; --once prints one report.")
-        from plugin.cli.top_screen import Fetcher, TopScreen
-
-        TopScreen(live, Fetcher(client.traffic, interval)).run()
-        return
-    live.add(client.traffic())
-    time.sleep(interval)
-    live.add(client.traffic())
-    report = live.report()
-    assert report is not None
-    _print(report, f"{head(report)}\n{show(report)}", as_json)
+    say_value(found, show_connections(found), as_json)
 
 
 @cli.command()
@@ -227,9 +138,9 @@ def top(
     type=click.IntRange(1, 20),
     help="Number of echo requests.",
 )
-@_json
+@json_option
 @click.pass_obj
-@_explained(problems=(FreeFlowError,))
+@explained(problems=(FreeFlowError,))
 def ping(client: Client, target: str, count: int, as_json: bool) -> None:
     """Ping a container, task or service.
 
@@ -271,7 +182,7 @@ def ping(client: Client, target: str, count: int, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("container", required=False)
-@_json
+@json_option
 @click.pass_obj
 def doctor(client: Client, container: str | None, as_json: bool) -> None:
     """Check what can keep FreeFlow from working.
@@ -307,7 +218,7 @@ def doctor(client: Client, container: str | None, as_json: bool) -> None:
     default=None,
     help="Write here instead of printing.",
 )
-@_json
+@json_option
 @click.pass_obj
 def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
     """Collect what a bug report needs, without secrets.
@@ -339,9 +250,9 @@ def bugreport(client: Client, output: Path | None, as_json: bool) -> None:
     is_flag=True,
     help="Do it even if containers use FreeFlow networks; they lose their connections.",
 )
-@_json
+@json_option
 @click.pass_obj
-@_explained(problems=(InUse,))
+@explained(problems=(InUse,))
 def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> None:
     """Remove what FreeFlow has made on this host.
 
@@ -382,7 +293,7 @@ def cleanup(client: Client, everything: bool, force: bool, as_json: bool) -> Non
 )
 @click.option("--verbs", is_flag=True, help="Add RDMA verbs, too: our libibverbs.")
 @click.pass_obj
-@_explained(err=True)
+@explained(err=True)
 def inject(
     client: Client,
     stack: str | None,
@@ -417,59 +328,6 @@ def inject(
     if image is None:
         injected = shown(", ".join(outcome.injected))
         say(f"freeflow: the library is added to {injected}", err=True)
-
-
-@cli.group()
-def runtime() -> None:
-    """Let the engine add the library to containers, without a change of a stack.
-
-    The engine calls a small program, freeflow-runc, at each start of a container. It adds the
-    library to containers on FreeFlow networks, and then calls runc. Label freeflow.accelerate=off
-    or variable FREEFLOW=off leaves a container out.
-    """
-
-
-@runtime.command("install")
-@click.option(
-    "--default",
-    is_flag=True,
-    help="Use it for all containers that name no runtime; services need it.",
-)
-@click.pass_obj
-@_explained()
-def runtime_install(client: Client, default: bool) -> None:
-    """Register the runtime with this host's engine.
-
-    Changes daemon.json, keeps what else is in it, has the engine check it, and reloads it. No
-    container is restarted.
-    """
-    from plugin.cli.runtime import RuntimeSetup
-
-    for line in RuntimeSetup(client.engine).install(default=default):
-        say(shown(line))
-
-
-@runtime.command("uninstall")
-@click.pass_obj
-@_explained()
-def runtime_uninstall(client: Client) -> None:
-    """Remove the runtime; while containers have it, it stays registered and changes nothing."""
-    from plugin.cli.runtime import RuntimeSetup
-
-    for line in RuntimeSetup(client.engine).uninstall():
-        say(shown(line))
-
-
-@runtime.command("status")
-@_json
-@click.pass_obj
-@_explained()
-def runtime_status(client: Client, as_json: bool) -> None:
-    """Show whether the runtime is installed, and whether the engine uses it."""
-    from plugin.cli.runtime import RuntimeSetup, show
-
-    found = RuntimeSetup(client.engine).status()
-    _print(found, "".join(f"{shown(line)}\n" for line in show(found)), as_json)
 
 
 @cli.command()
