@@ -151,8 +151,8 @@ def test_who_does_not_answer() -> None:
         meter.row(load, "all tasks", lambda _: "10.0.1.7", lambda _: [])
 
 
-def test_stack_is_accelerated_by_inject() -> None:
-    """The stack's file does not mention the library; `freeflow inject` adds it to all services."""
+def test_nothing_in_the_stack_is_ours() -> None:
+    """The stack's file does not mention the library: the runtime adds it to all services."""
     text = (Path(demo_speed.__file__).with_name("demo-stack.yml")).read_text()
     assert "LD_PRELOAD" not in text
     assert text.count("freeflow:latest") == 1
