@@ -52,8 +52,7 @@ def serving(
         yield server
     finally:
         server.send_signal(stop)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(patience(15))
+        server.wait(patience(15))
 
 
 def run(both: Places, *command: str, timeout: float = 60) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 import sys
 
 
@@ -31,4 +32,6 @@ async def main() -> None:
     await asyncio.gather(*(call(number) for number in range(20)))
 
 
+# Otherwise a server that was started in the background ignores it (bash's reference manual, Signals).
+signal.signal(signal.SIGINT, signal.default_int_handler)
 asyncio.run(main())
