@@ -169,7 +169,8 @@ class RuntimeSetup:
         """Register the runtime; `default`: for all containers that name none.
 
         Raises:
-            FreeFlowError: the engine's file is as it was.
+            FreeFlowError: the engine's file is as it was; or the engine has not taken over the changed
+                one. That stays, because the engine may do so late, and containers would need it.
         """
         process = engine_process(self.files)
         try:

@@ -15,6 +15,11 @@
 #include "plain_file.h"
 
 static const char NAME[] = "runc";
+/*
+ * In the environment of what this program starts. A runtime that leads back here, as a script can,
+ * would do so for ever: one of the settings is called once, one in PATH once more.
+ */
+static const char CALLED[] = "FREEFLOW_RUNC";
 static const char PLACES[] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 struct settings read_settings(void)
@@ -59,11 +64,16 @@ static void try_runtime(char *path, char **words)
 
 void become_real(struct settings *settings, char **words)
 {
-        const char *places = getenv("PATH");
+        const char *places = getenv("PATH"), *called = getenv(CALLED);
         char path[PATH_MAX];
 
-        if (settings->runtime[0] != '\0')
+        if (called == NULL && settings->runtime[0] != '\0') {
+                setenv(CALLED, "settings", 1);
                 try_runtime(settings->runtime, words);
+        }
+        if (called != NULL && strcmp(called, "path") == 0)
+                return;
+        setenv(CALLED, "path", 1);
         if (places == NULL || *places == '\0')
                 places = PLACES;
         while (*places != '\0') {

@@ -369,6 +369,19 @@ def test_real_runtime(world: RuntimeWorld) -> None:
         assert world.passed() == world.arguments("create")
 
 
+def test_a_runtime_that_leads_back(world: RuntimeWorld) -> None:
+    """A runtime that calls this program again is called once; then it is runc in PATH, and if that
+    leads back too, the engine gets a message.
+    """
+    back = f'#!/bin/sh\nexec {world.program} "$@"\n'.encode()
+    other = world.write("opt/back", back, 0o755)
+    world.write("etc/freeflow/runtime", f"runtime={other}\n".encode())
+    assert accelerated(world.create())
+    world.runtime.write_bytes(back)
+    done = world.call(world.arguments("create"), expect=127)
+    assert b"there is no runc" in done.stderr
+
+
 def test_no_runtime_at_all(world: RuntimeWorld) -> None:
     """Without any runtime the engine gets a message that says so."""
     world.runtime.unlink()
