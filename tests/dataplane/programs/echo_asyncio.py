@@ -32,6 +32,6 @@ async def main() -> None:
     await asyncio.gather(*(call(number) for number in range(20)))
 
 
-# Otherwise a server that was started in the background ignores it (bash's reference manual, Signals).
+# Otherwise a server that was started in the background ignores it (bash(1), SIGNALS).
 signal.signal(signal.SIGINT, signal.default_int_handler)
 asyncio.run(main())
