@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from dataplane.control import RdmaFacts, RelayFacts, VerbsFacts
 from plugin.deaths import PARTS
-from plugin.status import NetworkStatus, RouterStatus, Status, relay_cpu
+from plugin.status import NetworkStatus, RouterStatus, Status, relay_cpu, without_session
 
 log = structlog.get_logger()
 
@@ -67,6 +67,13 @@ def _titled(status: Status) -> list[tuple[str, NetworkStatus]]:
         )
         for network in status.networks
     ]
+
+
+def _setting(name: str, unit: float = 1.0) -> Callable[[Status], Iterable[Sample]]:
+    """A setting as a number, times `unit`; nothing where the status lacks it."""
+    return lambda status: (
+        [((), float(status.settings[name]) * unit)] if name in status.settings else []
+    )
 
 
 def _per_network(value: Callable[[NetworkStatus], float]) -> Callable[[Status], Iterable[Sample]]:
@@ -296,9 +303,7 @@ METRICS: Final = (
     _gauge(
         "freeflow_queue_pairs_limit",
         "Queue pairs that one container may have (VERBS_QPS)",
-        lambda status: (
-            [((), float(status.settings["VERBS_QPS"]))] if "VERBS_QPS" in status.settings else []
-        ),
+        _setting("VERBS_QPS"),
     ),
     _gauge(
         "freeflow_container_queue_pairs",
@@ -341,6 +346,11 @@ METRICS: Final = (
         "freeflow_sessions",
         "Other hosts whose router has a session with this host's",
         _value(lambda status: sum(host.session for host in _rdma(status).hosts)),
+    ),
+    _gauge(
+        "freeflow_sessions_missing",
+        "Other hosts whose router should have a session with this host's, and has none",
+        _value(lambda status: len(without_session(_router(status)))),
     ),
     _gauge(
         "freeflow_links",
@@ -394,6 +404,11 @@ METRICS: Final = (
         _relay_cpu,
         ("container",),
     ),
+    _gauge(
+        "freeflow_relay_cpu_limit",
+        "Processors that the relay may use for one container (RELAY_CPU)",
+        _setting("RELAY_CPU", 0.01),
+    ),
     _counter(
         "freeflow_relay_broken",
         "Ends of connections over relays that were reset because the other host became unreachable",
@@ -420,11 +435,11 @@ METRICS: Final = (
         "freeflow_request_seconds",
         "Duration of the last 1024 calls of Docker, by percentile",
         lambda status: [
-            ((item.name, quantile), milliseconds / 1000)
+            ((item.name, percentile), milliseconds / 1000)
             for item in status.calls
-            for quantile, milliseconds in (("0.5", item.p50_ms), ("0.99", item.p99_ms))
+            for percentile, milliseconds in (("50", item.p50_ms), ("99", item.p99_ms))
         ],
-        ("call", "quantile"),
+        ("call", "percentile"),
     ),
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dataplane.control import PathCount, RdmaFacts, RelayFacts, RouterCounts
+from dataplane.control import PathCount, PeerFact, RdmaFacts, RelayFacts, RouterCounts
 from driver.errors import FreeFlowError
 
 
@@ -184,6 +184,17 @@ def relay_cpu(router: RouterCounts) -> dict[str, float]:
             name = one.container or str(one.namespace)
             used[name] = used.get(name, 0.0) + one.relay_cpu
     return used
+
+
+def without_session(router: RouterStatus) -> list[PeerFact]:
+    """Other hosts whose routers should have a session with this host's, and have none.
+
+    Without RDMA and relays there is no need for sessions.
+    """
+    rdma, relay = router.rdma, router.relay
+    if rdma is None or relay is None or not (relay.on or (rdma.on and rdma.device)):
+        return []
+    return [host for host in rdma.hosts if not host.session]
 
 
 class CallStatus(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ from driver.kernel.namespace import OVERLAY_PIN, in_netns, is_namespace, isolate
 from driver.kernel.rtnl import NetDevice, Rtnl
 from plugin.cli.client import Client, Engine, host_run
 from plugin.settings import PLUGIN, RESTART, correction
-from plugin.status import FastPathStatus, Finding, Status
+from plugin.status import FastPathStatus, Finding, Status, without_session
 
 OTHER_OVERLAYS: Final = {
     "weave": "Weave Net",
@@ -310,11 +310,7 @@ def check_session_port(status: Status, connects: Callable[[str, int], bool]) -> 
     `connects(address, port)`: whether a TCP connection can be made.
     """
     router = status.router
-    if router is None or router.rdma is None or router.relay is None:
-        return []
-    rdma = router.rdma
-    needed = (rdma.on and rdma.device) or router.relay.on
-    if not needed or rdma.no_sessions:
+    if router is None or router.rdma is None or router.rdma.no_sessions:
         return []
     port = int(status.settings.get("SESSION_PORT") or status.settings.get("VXLAN_PORT") or 0)
     return [
@@ -324,8 +320,8 @@ def check_session_port(status: Status, connects: Callable[[str, int], bool]) -> 
             host.reason or "no connection",
             f"open TCP port {port} between the hosts (docs/relay.md), or set RDMA=off and RELAY=off on both",
         )
-        for host in rdma.hosts
-        if not host.session and not connects(host.address, port)
+        for host in without_session(router)
+        if not connects(host.address, port)
     ]
 
 

@@ -11,6 +11,8 @@ wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"
 wanted="$wanted ibverbs-utils perftest python3-pyverbs rdmacm-utils"
 # Applications that use verbs by libraries of their own.
 wanted="$wanted libfabric-bin libopenmpi-dev openmpi-bin qperf ucx-utils"
+# Checks the alert rules, and asks what the Grafana board asks.
+wanted="$wanted prometheus"
 # Programs that the tests accelerate. Debian has Python's own tests in a package of their own.
 wanted="$wanted cargo curl default-jdk-headless g++ golang-go iperf3 libasio-dev librust-tokio-dev rustc $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |
     sed 's/python/libpython/')-testsuite haproxy memcached nginx-light nodejs postgresql redis-server rsync"

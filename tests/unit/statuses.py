@@ -231,7 +231,7 @@ def status(**fields: Any) -> Status:
         healthy=not fields.get("problems"),
         uptime=12.5,
         host=host(),
-        settings={"SCOPE": "global", "VXLAN_PORT": "4799", "VERBS_QPS": "4096"},
+        settings={"SCOPE": "global", "VXLAN_PORT": "4799", "VERBS_QPS": "4096", "RELAY_CPU": "25"},
         networks=[network()],
         problems=[],
         calls=[CallStatus("Join", 7, 1, 1.5, 20.0)],

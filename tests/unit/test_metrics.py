@@ -94,8 +94,9 @@ def test_values() -> None:
     assert found[("freeflow_queue_pairs_refused_total", (("reason", "remote"),))] == 2
     assert found[("freeflow_requests_total", (("call", "Join"),))] == 7
     assert found[("freeflow_request_errors_total", (("call", "Join"),))] == 1
-    quantile = (("call", "Join"), ("quantile", "0.99"))
-    assert found[("freeflow_request_seconds", quantile)] == 0.02
+    percentile = (("call", "Join"), ("percentile", "99"))
+    assert found[("freeflow_request_seconds", percentile)] == 0.02
+    assert found[("freeflow_relay_cpu_limit", ())] == 0.25
 
 
 def test_networks_of_one_name() -> None:

@@ -180,6 +180,7 @@ def test_metrics() -> None:
         "freeflow_rdma_up 1.0",
         'freeflow_connections{network="backend",path="relay",reason=""} 4.0',
         "freeflow_sessions 2.0",
+        "freeflow_sessions_missing 1.0",
         'freeflow_links{state="up",transport="rdma"} 1.0',
         'freeflow_links{state="up",transport="relay"} 1.0',
         'freeflow_links{state="down",transport="rdma"} 1.0',
@@ -193,6 +194,8 @@ def test_metrics() -> None:
         "freeflow_rdma_sent_bytes_total 500.0",
     ):
         assert line in text
+    neither = with_rdma(host(session=False), relay=RelayFacts(on=False), device="")
+    assert "freeflow_sessions_missing 0.0" in render(neither).decode()
 
 
 def test_snapshot(tmp_path: Path) -> None:
