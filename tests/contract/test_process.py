@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from testbed import wait_until
 from testbed.patience import patience, within
+from testbed.prometheus import INSTALLED, Prometheus
 from tests.contract.golden import IDS
-from tests.contract.places import RealPlace, call, temporary
+from tests.contract.places import TOP, RealPlace, call, temporary
 
 pytestmark = [
     pytest.mark.kernel,
@@ -208,6 +210,29 @@ def test_metrics_where_asked() -> None:
             assert b'freeflow_requests_total{call="CreateNetwork"} 1.0\n' in own.body
             assert b'freeflow_build_info{version="' in place.scrape("127.0.0.1", 9477)
         finally:
+            place.close()
+
+
+@pytest.mark.skipif(not INSTALLED, reason="missing: Debian's package prometheus")
+def test_prometheus_scrapes(tmp_path: Path) -> None:
+    """Prometheus takes the metrics of a real plugin, which name its problems, and its rules see
+    them.
+    """
+    with temporary() as directory:
+        place = RealPlace(Path(directory), {"METRICS_ADDR": "127.0.0.1:9477"})
+        namespace = Path(f"/proc/{place.process.pid}/ns/net")
+        rules = TOP / "docs/alerts.yml"
+        prometheus = Prometheus(tmp_path, "127.0.0.1:9090", "127.0.0.1:9477", rules, namespace)
+        try:
+            call(place, "CreateNetwork", {"NetworkID": NET})
+            prometheus.wait_scraped()
+            (requests,) = prometheus.query('freeflow_requests_total{call="CreateNetwork"}')
+            assert requests["value"][1] == "1"
+            # There is no engine.
+            names = "ALERTS{alertname='FreeFlowEngineAway', alertstate='pending'}"
+            wait_until("the alert", lambda: prometheus.query(names))
+        finally:
+            prometheus.stop()
             place.close()
 
 
