@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import pytest
@@ -43,14 +46,40 @@ def sources(*more: str) -> list[str]:
     ]
 
 
+@cache
+def _folder() -> TemporaryDirectory[str]:
+    """For objects, until the end of the tests."""
+    return TemporaryDirectory(prefix="freeflow-verbs-")
+
+
+@cache
+def _object(source: str, sanitizer: str) -> Future[Path]:
+    """A source of the library, compiled once for all programs that have it inside them."""
+    target = Path(_folder().name) / f"{Path(source).stem}-{sanitizer}.o"
+    return _compilers().submit(compile_c, Path(source), target, "-c", *_flags(sanitizer))
+
+
+@cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+def _flags(sanitizer: str) -> list[str]:
+    return (
+        [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-Wno-tsan"] if sanitizer else []
+    )
+
+
 def compile_test(name: str, folder: Path, sanitizer: str, *options: str) -> Path:
-    """The program `name.c` beside this file, with a sanitizer or without ("")."""
+    """The program `name.c` beside this file, with a sanitizer or without ("").
+
+    `options` are sources of the library, and the linker's.
+    """
     if shutil.which("gcc") is None or not HEADER.exists():
         pytest.skip(f"missing: gcc, {HEADER}")
-    more = list(options)
-    if sanitizer:
-        more += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-Wno-tsan"]
-    return compile_c(HERE / f"{name}.c", folder / name, *more)
+    started = [_object(word, sanitizer) if word.endswith(".c") else word for word in options]
+    more = [str(word.result()) if isinstance(word, Future) else word for word in started]
+    return compile_c(HERE / f"{name}.c", folder / name, *_flags(sanitizer), *more)
 
 
 def run_test(program: Path, *arguments: str) -> None:
