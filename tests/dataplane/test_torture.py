@@ -22,6 +22,16 @@ SANITIZED = int(os.environ.get("TORTURE_SECONDS", "15"))
 SEED = os.environ.get("TORTURE_SEED", "")
 
 
+@pytest.fixture(scope="module", params=["address,undefined", "thread"])
+def checked(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """A sanitizer, and a library that was built with it."""
+    library = tmp_path_factory.mktemp("checked") / "libfreeflow.so"
+    subprocess.run(["sh", str(BUILD), str(library), request.param], check=True)
+    return request.param, library
+
+
 def torture(
     both: Places, options: Sequence[str], seconds: int, seed: str, **environment: str
 ) -> str:
@@ -64,7 +74,7 @@ def test_torture(everywhere: Places) -> None:
     """
     everywhere.forget()
     # Plain TCP only shows that the program itself is right.
-    seconds = SECONDS if everywhere.accelerated else min(SECONDS, 20)
+    seconds = SECONDS if everywhere.accelerated else min(SECONDS, 5)
     said = torture(everywhere, (), seconds, SEED or str(int.from_bytes(os.urandom(4), "big")))
     assert "operations" in said
     everywhere.upgraded(20)
@@ -117,18 +127,16 @@ def test_torture_of_returns(everywhere: Places, loops: bool) -> None:
 def test_torture_itself(tmp_path: Path, sanitizer: str) -> None:
     """No sanitizer finds an error in the torture program itself."""
     with places(accelerated=False, folder=tmp_path, programs=tmp_path) as plain:
-        torture(plain, (f"-fsanitize={sanitizer}",), 12, "7")
+        torture(plain, (f"-fsanitize={sanitizer}",), 5, "7")
 
 
 @pytest.mark.timeout(SANITIZED + 120)
 @pytest.mark.parametrize("restless", [False, True])
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_torture_of_the_library(tmp_path: Path, sanitizer: str, restless: bool) -> None:
+def test_torture_of_the_library(tmp_path: Path, checked: tuple[str, Path], restless: bool) -> None:
     """No sanitizer finds an error in the library during the torture test, whether connections stay
     on rings or leave them all the time.
     """
-    library = tmp_path / "libfreeflow.so"
-    subprocess.run(["sh", str(BUILD), str(library), sanitizer], check=True)
+    sanitizer, library = checked
     found = f"log_path={tmp_path}/found"
     with places(True, tmp_path, tmp_path, library=library) as both:
         torture(
