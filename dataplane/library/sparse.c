@@ -18,20 +18,15 @@ struct range {
 static struct range *_Atomic ranges;
 static _Atomic uint32_t ranges_used;
 
-static bool failed(long status)
-{
-        return status < 0 && status > -4096;
-}
-
 /* A new mapping that is not locked, even if the program has called mlockall(MCL_FUTURE). */
 static void *map_unlocked(size_t size, int flags, int fd)
 {
         long got = sys_6(SYS_mmap, 0, size, PROT_NONE, flags | MAP_NORESERVE, fd, 0);
 
-        if (failed(got))
+        if (sys_failed(got))
                 return NULL;
         sys_2(SYS_munlock, got, size);
-        if (failed(sys_3(SYS_mprotect, got, size, PROT_READ | PROT_WRITE))) {
+        if (sys_failed(sys_3(SYS_mprotect, got, size, PROT_READ | PROT_WRITE))) {
                 sys_2(SYS_munmap, got, size);
                 return NULL;
         }
@@ -85,7 +80,7 @@ long sparse_map(void *before, size_t size, int flags, int fd)
                 return (long)made;
         }
         moved = sys_5(SYS_mremap, made, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, before);
-        if (failed(moved))
+        if (sys_failed(moved))
                 sys_2(SYS_munmap, made, size);
         return moved;
 }

@@ -66,6 +66,12 @@ static inline void relax(void)
 #define sys_1(n, a) sys_6(n, a, 0, 0, 0, 0, 0)
 #define sys_0(n) sys_6(n, 0, 0, 0, 0, 0, 0)
 
+/* Is this the error of a call that returns an address or a size? */
+static inline int sys_failed(long status)
+{
+        return status < 0 && status > -4096;
+}
+
 /* What poll() says of a descriptor now; 0 also if it fails. */
 static inline uint16_t sys_poll(int fd, short events)
 {
