@@ -171,20 +171,29 @@ void family_fork(void)
                 return;
         announced = true;
         promised = LATER + 1;
-        if (!atomic_load(&process.high))
+        if (atomic_load(&process.high)) {
+                promised = take_number(CHILD_TO_BE) + 1;
+                each_end(hold, promised - 1);
+        }
+        hooks.forks();
+}
+
+static void fork_is_done(bool made)
+{
+        if (!announced)
                 return;
-        promised = take_number(CHILD_TO_BE) + 1;
-        each_end(hold, promised - 1);
+        announced = false;
+        hooks.fork_done(made);
 }
 
 static void in_parent(void)
 {
-        announced = false;
+        fork_is_done(true);
 }
 
 void family_fork_done(bool made)
 {
-        announced = false;
+        fork_is_done(made);
         if (made || !process.on)
                 return;
         each_end(drop_holder_for_good, promised - 1);

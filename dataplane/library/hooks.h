@@ -2,9 +2,13 @@
 #ifndef FREEFLOW_HOOKS_H
 #define FREEFLOW_HOOKS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 struct hooks {
+        /* Before a child of fork is made, and afterwards in the parent. */
+        void (*forks)(void);
+        void (*fork_done)(bool made);
         /* In a child of fork: what each file must not share with its parent. */
         void (*forked)(void);
         /* Own descriptors were closed by somebody else (own.h): forget those. */

@@ -36,7 +36,11 @@ static void received(const void *message, size_t size, int *descriptors, int cou
                         bell_discard(descriptors[i]);
 }
 
-const struct hooks hooks = {.forked = forked, .descriptors_lost = descriptors_lost, .received = received};
+const struct hooks hooks = {.forks = verbs_fork,
+                            .fork_done = verbs_fork_done,
+                            .forked = forked,
+                            .descriptors_lost = descriptors_lost,
+                            .received = received};
 
 __attribute__((constructor)) static void start(void)
 {

@@ -53,7 +53,7 @@
 #define SERVICES_NAME "freeflow_services"
 
 enum {
-        SERVICES_VERSION = 2,
+        SERVICES_VERSION = 3,
         SERVICES_QUEUE = 64, /* messages */
 };
 
@@ -85,6 +85,10 @@ struct verbs_client {
         /* Own descriptors may have been closed by somebody else: each is to be checked by
          * is_own_descriptor() before its next use. May be in a signal handler: only sets flags. */
         void (*descriptors_lost)(void);
+        /* A child of fork is about to be made; and afterwards, in the parent, also if there is
+         * none. No other call comes in between on this thread. */
+        void (*forks)(void);
+        void (*fork_done)(bool made);
         /* In a child of fork, before anything else there uses the library. The child has no other
          * thread. Its copies of places and own descriptors are not its own: it forgets them, and
          * releases and closes nothing. */

@@ -259,6 +259,22 @@ bool verbs_are_used(void)
         return atomic_load(&client) != NULL;
 }
 
+void verbs_fork(void)
+{
+        const struct verbs_client *told = atomic_load(&client);
+
+        if (told)
+                told->forks();
+}
+
+void verbs_fork_done(bool made)
+{
+        const struct verbs_client *told = atomic_load(&client);
+
+        if (told)
+                told->fork_done(made);
+}
+
 void verbs_forked(void)
 {
         const struct verbs_client *told = atomic_load(&client);

@@ -14,6 +14,8 @@ static inline bool verbs_is_kind(const struct message *message)
 void verbs_received(const void *message, size_t size, int *descriptors, int count);
 /* Is there a client? */
 bool verbs_are_used(void);
+void verbs_fork(void);
+void verbs_fork_done(bool made);
 void verbs_forked(void);
 void verbs_descriptors_lost(void);
 void verbs_retired(void);

@@ -52,6 +52,20 @@ static void descriptors_lost(void)
 {
 }
 
+static void forks(void)
+{
+        EACH_USER(told)
+        if (told->forks)
+                told->forks();
+}
+
+static void fork_done(bool made)
+{
+        EACH_USER(told)
+        if (told->fork_done)
+                told->fork_done(made);
+}
+
 static void forked(void)
 {
         /* Other threads of the parent may have had the mutexes. */
@@ -98,6 +112,8 @@ static void duplicated(int fd, int to)
 static const struct verbs_client ours = {
     .arrived = arrived,
     .descriptors_lost = descriptors_lost,
+    .forks = forks,
+    .fork_done = fork_done,
     .forked = forked,
     .retired = retired,
     .write = written,

@@ -19,6 +19,9 @@ struct client_user {
         /* As those of struct verbs_client. */
         void (*forked)(void);
         void (*retired)(void);
+        /* NULL but for one whose memory children must not share. */
+        void (*forks)(void);
+        void (*fork_done)(bool made);
         /* NULL but for one who claims descriptors. */
         ssize_t (*write)(int fd, const void *buffer, size_t size);
         void (*closing)(int fd);

@@ -61,7 +61,8 @@ static struct queue queues[QUEUES];
 static struct heard heard[QUEUES];
 static uint32_t count, arenas;
 static _Atomic uint32_t arrivals, forks, losses, retirements;
-static int told = -1; /* eventfd: arrived() */
+static uint32_t due, done; /* calls around forks */
+static int told = -1;      /* eventfd: arrived() */
 
 static void say(const char *what)
 {
@@ -90,6 +91,18 @@ static void arrived(void)
 static void descriptors_lost(void)
 {
         atomic_fetch_add(&losses, 1);
+}
+
+static void fork_is_due(void)
+{
+        due++;
+}
+
+static void fork_done(bool made)
+{
+        CHECK(made && due == 1);
+        due = 0;
+        done++;
 }
 
 static void forked(void)
@@ -133,6 +146,8 @@ static void duplicated(int fd, int to)
 static const struct verbs_client client = {
     .arrived = arrived,
     .descriptors_lost = descriptors_lost,
+    .forks = fork_is_due,
+    .fork_done = fork_done,
     .forked = forked,
     .retired = retired,
     .write = write_seen,
@@ -577,7 +592,7 @@ static void children(char **arguments)
         for (int way = 0; way < 2; way++) {
                 child = way ? (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0) : fork();
                 if (!child) {
-                        CHECK(way || forks == 1);
+                        CHECK(way || (forks == 1 && due == 1));
                         CHECK(services->is_here() && forks == 1);
                         services->release(&queues[0].place);
                         CHECK(services->epoch() != epoch && services->router_descriptor() < 0);
@@ -585,6 +600,7 @@ static void children(char **arguments)
                         _exit(0);
                 }
                 await_child(child);
+                CHECK(!due && done == (uint32_t)way + 1);
         }
         child = vfork();
         if (!child) {
