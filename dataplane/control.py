@@ -52,6 +52,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of shared memory that are in use, not only reserved."""
     queue_pairs: int = 4096
     """Queue pairs of verbs that are connected, or wait for their peer."""
+    direct_memory: int = 1 << 30
+    """Bytes of registered memory that peers on this host can map."""
 
 
 class RelayRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +134,8 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     rdma: bool = True
     relay: bool = True
     verbs: bool = True
+    verbs_direct: bool = False
+    """Whether peers on one host may map each other's registered memory."""
     subnets: tuple[str, ...] = ()
     vips: dict[str, tuple[str, ...]] = {}
     """VIP to the addresses of its tasks, on all hosts."""

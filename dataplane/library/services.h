@@ -67,6 +67,7 @@ struct verbs_message {
                 struct v_datagrams group;
                 struct v_listen listening;
                 struct v_connection connection;
+                struct v_memory memory;
         };
         uint32_t epoch; /* of the socket that it came by */
         /* V_GRANT: why this process can't use the slot (enum reason), which has been given back

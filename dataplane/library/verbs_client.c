@@ -39,6 +39,9 @@ static size_t size_of(uint16_t kind)
                 return sizeof(struct v_listen);
         case V_CONNECTION:
                 return sizeof(struct v_connection);
+        case V_MEMORY_MADE:
+        case V_REACHED:
+                return sizeof(struct v_memory);
         default:
                 return 0;
         }

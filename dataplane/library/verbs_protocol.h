@@ -28,6 +28,14 @@
  *                                     <-       V_CONNECTION step, from there, or what it would say if it
  *                                                were there
  *      V_STATUS                       ->       for lists; no answer
+ *      V_MEMORY bytes                 ->       a file for registered memory, which peers may map
+ *                                     <-       V_MEMORY_MADE number, token + memfd, or V_REFUSE
+ *      V_MEMORY_MAPPED number         ->       the process has mapped a file that peers may only read: nobody
+ *                                                else can map it to write there, and now they get it;
+ *                                                no answer
+ *      V_MEMORY_END number            ->       nobody gets it any more; no answer
+ *      V_REACH number, token          ->       a file of the peer of a queue pair
+ *                                     <-       V_REACHED + memfd, or V_REFUSE
  */
 #ifndef FREEFLOW_VERBS_PROTOCOL_H
 #define FREEFLOW_VERBS_PROTOCOL_H
@@ -54,7 +62,13 @@ enum verbs_kind {
         V_LISTEN_END = 43,
         V_CONNECTION = 44,
         V_STATUS = 45,
-        /* 46 to 52: direct memory */
+        V_MEMORY = 46,
+        V_MEMORY_MADE = 47,
+        V_MEMORY_MAPPED = 48,
+        V_MEMORY_END = 49,
+        V_REACH = 50,
+        V_REACHED = 51,
+        /* 52: reserved */
 };
 
 enum verbs_slot { V_SLOT_CONNECTED = 1, V_SLOT_DATAGRAMS = 2 };
@@ -182,6 +196,18 @@ struct v_connection {
         uint16_t private_size;
         struct verbs_gid peer_gid; /* of the other end */
         uint8_t private_data[VERBS_PRIVATE];
+};
+
+/* V_MEMORY, V_MEMORY_MADE, V_MEMORY_MAPPED, V_MEMORY_END, V_REACH, V_REACHED. What a message does
+ * not need is 0. */
+struct v_memory {
+        struct message message;
+        uint32_t request;  /* V_MEMORY, V_REACH: the library's number of it, which answers repeat */
+        uint32_t qpn;      /* V_REACH: the process's own queue pair */
+        uint32_t writable; /* V_MEMORY, V_REACHED: 1: peers can map it to write there */
+        uint64_t bytes;    /* V_MEMORY: a multiple of a page */
+        uint64_t memory;   /* the router's number; never 0 */
+        uint64_t token;    /* V_MEMORY_MADE, V_REACH: whoever has it may reach the file */
 };
 
 struct v_status {

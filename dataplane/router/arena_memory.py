@@ -27,6 +27,7 @@ _SENT: Final = struct.Struct(f"=Q{layout.MESSAGES_OFFSET - 8}xQ")
 _RING: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _YES: Final = struct.pack("=I", 1)
 
+F_SEAL_FUTURE_WRITE: Final = 0x10  # linux/fcntl.h
 SO_PASSRIGHTS: Final = 83  # asm-generic/socket.h, since Linux 6.16
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -94,6 +95,28 @@ class LinuxArenaMemory:
                 "cannot make an arena", cause=error.strerror or str(error)
             ) from error
         return memory
+
+    def make_file(self, size: int) -> int:
+        """Memory for what a process registers, which nobody can shrink. Raises KernelRefused."""
+        memory = -1
+        try:
+            memory = os.memfd_create("freeflow", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(memory, size)
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        except OSError as error:
+            if memory >= 0:
+                os.close(memory)
+            raise KernelRefused(
+                "cannot make a file for memory", cause=error.strerror or str(error)
+            ) from error
+        return memory
+
+    def protect(self, memory: int) -> None:
+        """See `ArenaMemory`. A process that has the file open can't undo it."""
+        try:
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+        except OSError as error:
+            raise KernelRefused("cannot seal a file", cause=error.strerror or str(error)) from error
 
     def prepare(self, memory: int, slot: int, incarnation: int) -> None:
         """Clear the headers of a slot's rings and write its new incarnation. Raises KernelRefused.

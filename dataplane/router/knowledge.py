@@ -50,6 +50,8 @@ class KnownNetwork:
     relay: bool = True
     verbs: bool = True
     """Whether it carries queue pairs of verbs."""
+    verbs_direct: bool = False
+    """Whether their peers may map registered memory."""
     peers: frozenset[IPAddress] = frozenset()
     """The other hosts that share the network."""
     everywhere: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
@@ -106,6 +108,7 @@ class Knowledge:
                 rdma=fact.rdma and facts.settings.rdma,
                 relay=fact.relay and facts.settings.relay,
                 verbs=accelerated and fact.verbs and facts.settings.verbs,
+                verbs_direct=fact.verbs_direct,
                 peers=frozenset(ip_address(text) for text in fact.peers),
             )
         self.underlay = ip_address(facts.underlay) if facts.underlay else None
@@ -155,6 +158,15 @@ class Knowledge:
             namespace: tuple(sorted(addresses, key=lambda each: (each.version, int(each))))
             for namespace, addresses in found.items()
         }
+
+    @cached_property
+    def direct(self) -> frozenset[int]:
+        """Namespaces with a network on which peers may map registered memory."""
+        return frozenset(
+            namespace
+            for (namespace, _), network in self._local.items()
+            if network.verbs and network.verbs_direct
+        )
 
     def network_of(self, namespace: int, address: IPAddress) -> KnownNetwork | None:
         """The network in which the container of this namespace has this address."""

@@ -46,6 +46,7 @@ from dataplane.router.slot_grants import SlotGrants
 from dataplane.router.verbs_cm import VerbsConnections
 from dataplane.router.verbs_datagrams import DatagramEnd, Datagrams
 from dataplane.router.verbs_groups import Groups
+from dataplane.router.verbs_memory import DirectMemory
 from dataplane.router.verbs_pairing import VerbsPairing
 from dataplane.router.verbs_wire import VERBS_VERSION
 
@@ -81,6 +82,7 @@ class Pairing:
             self._registry, self.verbs.processes, self.arena_table, self._slots, memory
         )
         self.groups = Groups(self._registry, self.datagrams)
+        self.direct_memory = DirectMemory(self._registry, self.verbs.processes, memory, secret)
         self.processes = self._registry.processes
         self.containers = self._registry.containers
         self.arenas = self.arena_table.arenas
@@ -175,6 +177,7 @@ class Pairing:
         self.verbs_connections.gone(process_id)
         self.groups.gone(process_id)
         self.datagrams.gone(process_id)
+        self.direct_memory.gone(process_id)
         self.verbs.gone(process_id)
         process = self._registry.remove(process_id)
         for waiting in list(process.waiting.values()):

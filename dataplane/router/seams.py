@@ -119,6 +119,17 @@ class ArenaMemory(Protocol):
         """
         ...
 
+    def make_file(self, size: int) -> int:
+        """Memory for what a process registers, of so many bytes. Raises KernelRefused."""
+        ...
+
+    def protect(self, memory: int) -> None:
+        """Let nobody map a file to write there any more; who has may go on.
+
+        Raises KernelRefused.
+        """
+        ...
+
     def used(self, memory: int) -> int:
         """Bytes of memory that an arena uses."""
         ...

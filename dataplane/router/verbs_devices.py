@@ -109,12 +109,15 @@ class DeviceView:
         """Whether the process may give a queue pair this number."""
         return self.qpn_first is not None and self.qpn_first <= qpn < self.qpn_first + RANGE
 
-    def update(self, addresses: Sequence[IPAddress], queue_pairs: int) -> list[VerbsDevice]:
+    def update(
+        self, addresses: Sequence[IPAddress], queue_pairs: int, direct_bytes: int = 0
+    ) -> list[VerbsDevice]:
         """What the process is to be told; nothing if it knows.
 
         Args:
             addresses: those of its container that can be GIDs.
             queue_pairs: how many the container may have.
+            direct_bytes: how much registered memory its peers may map.
         """
         if addresses and not self.guid:
             self.guid = guid_of(addresses[0])
@@ -129,9 +132,9 @@ class DeviceView:
                 qpn_count=RANGE if there else 0,
                 queue_pairs=min(queue_pairs, RANGE),
                 regions=REGIONS,
-                direct=False,
+                direct=direct_bytes > 0,
                 guid=self.guid,
-                direct_bytes=0,
+                direct_bytes=direct_bytes,
                 gid=gid,
             )
             for index, gid in enumerate(gids)

@@ -14,6 +14,7 @@ from dataplane.router.verbs_wire import (
     VerbsEnd,
     VerbsKind,
     VerbsListen,
+    VerbsMemory,
     VerbsMessage,
     VerbsQueuePair,
     VerbsStatus,
@@ -43,6 +44,9 @@ def handle(pairing: Pairing, process: int, message: Message | VerbsMessage) -> i
             pairing.verbs.status(process, message)
         case VerbsDatagrams():
             cost = REQUEST + _datagrams(pairing, process, message)
+        case VerbsMemory():
+            pairing.direct_memory.handle(process, message)
+            cost = REQUEST
         case VerbsListen():
             pairing.verbs_connections.listen(process, message)
         case VerbsConnection():

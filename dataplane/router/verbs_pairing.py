@@ -138,8 +138,9 @@ class VerbsPairing:
             if namespace not in self.ranges:
                 self.ranges[namespace] = QpnRanges(self._secret())
             opened.device.qpn_first = self.ranges[namespace].take(opened.device.wanted)
-        limit = self._registry.limits.queue_pairs
-        for message in opened.device.update(addresses, limit):
+        limits = self._registry.limits
+        direct = limits.direct_memory if namespace in self._registry.knowledge.direct else 0
+        for message in opened.device.update(addresses, limits.queue_pairs, direct):
             self._registry.outbox.send(opened.id, message)
 
     def replace_snapshot(self) -> None:

@@ -41,6 +41,12 @@ class VerbsKind(IntEnum):
     LISTEN_END = 43
     CONNECTION = 44
     STATUS = 45
+    MEMORY = 46
+    MEMORY_MADE = 47
+    MEMORY_MAPPED = 48
+    MEMORY_END = 49
+    REACH = 50
+    REACHED = 51
 
 
 class SlotKind(IntEnum):
@@ -251,6 +257,28 @@ class VerbsStatus(msgspec.Struct, frozen=True, gc=False):
     bytes: U64
 
 
+@codec.message(
+    VerbsKind.MEMORY,
+    VerbsKind.MEMORY_MADE,
+    VerbsKind.MEMORY_MAPPED,
+    VerbsKind.MEMORY_END,
+    VerbsKind.REACH,
+    VerbsKind.REACHED,
+)
+class VerbsMemory(msgspec.Struct, frozen=True, gc=False):
+    """A file for registered memory: a process wants one, has mapped it or has no use for it, or
+    wants its peer's.
+    """
+
+    kind: VerbsKind
+    request: U32 = 0
+    qpn: U32 = 0
+    writable: _Bool = False
+    bytes: U64 = 0
+    memory: U64 = 0
+    token: U64 = 0
+
+
 FromVerbs = (
     VerbsOpen
     | VerbsQueuePair
@@ -258,10 +286,17 @@ FromVerbs = (
     | VerbsDatagrams
     | VerbsListen
     | VerbsConnection
+    | VerbsMemory
     | VerbsStatus
 )
 VerbsAnswer = (
-    VerbsDevice | VerbsGrant | VerbsRefuse | VerbsDatagrams | VerbsListen | VerbsConnection
+    VerbsDevice
+    | VerbsGrant
+    | VerbsRefuse
+    | VerbsDatagrams
+    | VerbsListen
+    | VerbsConnection
+    | VerbsMemory
 )
 VerbsMessage = FromVerbs | VerbsAnswer
 

@@ -112,6 +112,9 @@ class FakeMemory:
     finished: list[tuple[int, int]] = field(default_factory=list)
     alarmed: list[int] = field(default_factory=list)
     rung: list[int] = field(default_factory=list)
+    files: dict[int, int] = field(default_factory=dict)
+    """Bytes of those that are no arenas."""
+    protected: list[int] = field(default_factory=list)
     handed: set[int] = field(default_factory=set)
     """Hearing ends that the router has closed."""
     weight: int = 12288
@@ -125,6 +128,15 @@ class FakeMemory:
         number = next(self.numbers)
         self.arenas.add(number)
         return number
+
+    def make_file(self, size: int) -> int:
+        number = self.make()
+        self.files[number] = size
+        return number
+
+    def protect(self, memory: int) -> None:
+        assert memory in self.arenas
+        self.protected.append(memory)
 
     def prepare(self, memory: int, slot: int, incarnation: int) -> None:
         assert memory in self.arenas

@@ -90,6 +90,14 @@ EXAMPLES: Final[list[tuple[wire.VerbsMessage, str]]] = [
         "struct v_connection m = {{V_CONNECTION, sizeof m}, V_STEP_REJECT, 2, 3, 4, 5, 6, 18, 7, 8, 9, "
         f'10, 11, 12, 13, 14, 15, 16, 17, 3, {A_GID}, "abc"}}',
     ),
+    *(
+        (
+            wire.VerbsMemory(kind, 1, 2, True, 4, 5, 6),
+            f"struct v_memory m = {{{{V_{kind.name}, sizeof m}}, 1, 2, 1, 4, 5, 6}}",
+        )
+        for kind in VerbsKind
+        if VerbsKind.MEMORY <= kind <= VerbsKind.REACHED
+    ),
     (
         wire.VerbsStatus(1, 2, 3, 4),
         "struct v_status m = {{V_STATUS, sizeof m}, 1, 2, 0, 3, 4}",
