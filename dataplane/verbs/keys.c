@@ -52,18 +52,37 @@ static enum key_outcome check(const struct key_entry *entry, const struct key_us
         return KEY_HELD;
 }
 
-enum key_outcome key_hold(struct keys *keys, const struct key_use *use, unsigned char **first)
+/* The entry of a key, which stays as it is from here on; NULL: there is none. */
+static struct key_entry *hold_entry(struct keys *keys, uint32_t key)
 {
-        struct key_entry *entry = entry_of(keys, use->key);
+        struct key_entry *entry = entry_of(keys, key);
         uint64_t state = atomic_load_explicit(&entry->state, memory_order_relaxed);
-        enum key_outcome outcome;
 
         do {
-                if (!use->key || key_in(state) != use->key)
-                        return KEY_UNKNOWN;
+                if (!key || key_in(state) != key)
+                        return NULL;
         } while (!atomic_compare_exchange_weak_explicit(&entry->state, &state, state + 1,
                                                         memory_order_acquire, memory_order_relaxed));
-        /* The entry stays as it is from here on. */
+        return entry;
+}
+
+const struct key_entry *key_hold_entry(struct keys *keys, uint32_t key, uint32_t domain, uint32_t queue)
+{
+        struct key_entry *entry = hold_entry(keys, key);
+
+        if (!entry || (entry->domain == domain && (!entry->queue || entry->queue == queue)))
+                return entry;
+        key_release(keys, key);
+        return NULL;
+}
+
+enum key_outcome key_hold(struct keys *keys, const struct key_use *use, unsigned char **first)
+{
+        const struct key_entry *entry = hold_entry(keys, use->key);
+        enum key_outcome outcome;
+
+        if (!entry)
+                return KEY_UNKNOWN;
         outcome = check(entry, use, first);
         if (outcome != KEY_HELD)
                 key_release(keys, use->key);
@@ -113,6 +132,7 @@ static void fill(struct key_entry *entry, const struct key_entry *from, uint32_t
         entry->domain = from->domain;
         entry->queue = from->queue;
         entry->region = from->region;
+        entry->extent = from->extent;
         atomic_store_explicit(&entry->windows, 0, memory_order_relaxed);
         atomic_store_explicit(&entry->state, (uint64_t)key << 32, memory_order_release);
 }
@@ -146,7 +166,8 @@ static struct key_entry region_from(const struct key_entry *region)
                                   .length = region->length,
                                   .first = region->first,
                                   .access = region->access,
-                                  .domain = region->domain};
+                                  .domain = region->domain,
+                                  .extent = region->extent};
 }
 
 uint32_t key_add_region(struct keys *keys, const struct key_entry *region)

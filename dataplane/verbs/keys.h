@@ -38,6 +38,8 @@ enum key_access {
         KEY_LOCAL_READ = 0, /* always */
 };
 
+struct extent;
+
 struct key_entry {
         /* The key, 0 if there is none, and in the lower 32 bits how many hold it. Pairs: adding
          * (release) with holding (acquire), letting go (release) with removing (acquire). */
@@ -51,6 +53,7 @@ struct key_entry {
         uint32_t generation;      /* of the last key in this place */
         _Atomic uint32_t windows; /* bound to this region */
         uint32_t region;          /* of a bound window: the region's key */
+        struct extent *extent;    /* extents.h; NULL: peers can't map it */
         bool window;              /* the place is a window's, bound or not */
 };
 
@@ -86,6 +89,9 @@ void keys_end(struct keys *keys);
  * May be called by any thread at any time. */
 enum key_outcome key_hold(struct keys *keys, const struct key_use *use, unsigned char **first);
 void key_release(struct keys *keys, uint32_t key);
+/* The same for whatever the key leads to: its entry, which stays as it is until key_release();
+ * NULL: there is none that this domain and queue pair may use. */
+const struct key_entry *key_hold_entry(struct keys *keys, uint32_t key, uint32_t domain, uint32_t queue);
 
 /* These are called by one thread at a time.
  *

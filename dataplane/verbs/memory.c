@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include "extents.h"
 #include "mutex.h"
 #include "opened.h"
 
@@ -17,6 +18,12 @@ struct region {
         struct ibv_mr mr;
         uint64_t base;
         unsigned int access;
+        struct extent *extent; /* NULL: peers send records */
+};
+
+enum {
+        REMOTE_WRITES = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC,
+        REMOTE_ACCESS = REMOTE_WRITES | IBV_ACCESS_REMOTE_READ,
 };
 
 struct keys memory_keys;
@@ -137,13 +144,29 @@ static int check_region(void *address, size_t length, unsigned int access)
         return check_pages((uintptr_t)address, length, access & IBV_ACCESS_LOCAL_WRITE);
 }
 
+/* Have peers map as much of it as they can. */
+static void join_extent(struct region *region)
+{
+        region->extent = NULL;
+        if (region->access & REMOTE_ACCESS)
+                region->extent = extent_take((uintptr_t)region->mr.addr, region->mr.length,
+                                             region->access & REMOTE_WRITES);
+}
+
+static void leave_extent(const struct region *region)
+{
+        if (region->extent)
+                extent_leave(region->extent);
+}
+
 static struct key_entry entry_for(const struct region *region)
 {
         return (struct key_entry){.base = region->base,
                                   .length = region->mr.length,
                                   .first = region->mr.addr,
                                   .access = region->access & (MEMORY_ACCESS | IBV_ACCESS_MW_BIND),
-                                  .domain = domain_of(region->mr.pd)->number};
+                                  .domain = domain_of(region->mr.pd)->number,
+                                  .extent = region->extent};
 }
 
 static struct ibv_mr *add_region(struct ibv_pd *pd, void *address, size_t length, uint64_t base,
@@ -161,11 +184,13 @@ static struct ibv_mr *add_region(struct ibv_pd *pd, void *address, size_t length
         region->mr = (struct ibv_mr){.context = pd->context, .pd = pd, .addr = address, .length = length};
         region->base = base;
         region->access = access;
+        join_extent(region);
         entry = entry_for(region);
         mutex_take(&mutex);
         region->mr.lkey = region->mr.rkey = region->mr.handle = key_add_region(&memory_keys, &entry);
         mutex_release(&mutex);
         if (!region->mr.lkey) {
+                leave_extent(region);
                 free(region);
                 return fail(ENOMEM);
         }
@@ -225,10 +250,12 @@ VERB int ibv_rereg_mr(struct ibv_mr *mr, int flags, struct ibv_pd *pd, void *add
         }
         if ((errno = check_region(next.mr.addr, next.mr.length, next.access)))
                 return IBV_REREG_MR_ERR_INPUT;
+        join_extent(&next);
         entry = entry_for(&next);
         mutex_take(&mutex);
         changed = key_change_region(&memory_keys, mr->lkey, &entry);
         mutex_release(&mutex);
+        leave_extent(changed ? region : &next);
         if (!changed) {
                 errno = EBUSY;
                 return IBV_REREG_MR_ERR_INPUT;
@@ -241,6 +268,7 @@ VERB int ibv_rereg_mr(struct ibv_mr *mr, int flags, struct ibv_pd *pd, void *add
 
 VERB int ibv_dereg_mr(struct ibv_mr *mr)
 {
+        struct region *region = (struct region *)(void *)mr;
         bool removed = true;
 
         /* A key of that which is lost may be somebody else's now. */
@@ -251,8 +279,10 @@ VERB int ibv_dereg_mr(struct ibv_mr *mr)
         }
         if (!removed)
                 return EBUSY;
+        if (!opened_is_lost(mr->context))
+                leave_extent(region);
         domain_leave(mr->pd);
-        free(mr);
+        free(region);
         return 0;
 }
 
