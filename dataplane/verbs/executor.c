@@ -1,5 +1,7 @@
 #include "executor.h"
 
+#include "direct.h"
+
 enum { BATCH = 64 };
 
 /* What becomes of the next record. */
@@ -188,6 +190,7 @@ static enum step take_write(struct queue_pair *queue, const struct cq *polled)
         if (record->length) {
                 if (key_hold(&memory_keys, &use, &first) != KEY_HELD)
                         return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
+                direct_allowed(queue, use.key);
                 vec.iov_base = first;
                 take_in_order(&queue->receiver, &cursor, record->length);
                 key_release(&memory_keys, use.key);
@@ -230,8 +233,10 @@ static enum step take_read(struct queue_pair *queue)
             (use.length && key_hold(&memory_keys, &use, &first) != KEY_HELD))
                 return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
         step = answer(queue, first, record->total);
-        if (use.length)
+        if (use.length) {
+                direct_allowed(queue, use.key);
                 key_release(&memory_keys, use.key);
+        }
         return step;
 }
 
@@ -270,6 +275,7 @@ static enum step take_atomic(struct queue_pair *queue)
                 }
                 queue->swapped_from = change(&queue->receiver, (_Atomic uint64_t *)(void *)first);
                 key_release(&memory_keys, use.key);
+                direct_allowed(queue, use.key);
                 queue->swapped = true;
         }
         step = answer(queue, &queue->swapped_from, WORD);

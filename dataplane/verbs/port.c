@@ -6,6 +6,7 @@
 #include <string.h>
 
 _Atomic uint32_t port_generations;
+_Atomic uint64_t port_direct_bytes;
 
 static struct {
         struct mutex mutex;
@@ -57,6 +58,7 @@ bool port_set(const struct port_place *place)
         changed = set_gid(place->index, &place->gid);
         port.first = place->first;
         port.guid = place->guid;
+        atomic_store_explicit(&port_direct_bytes, place->direct_bytes, memory_order_relaxed);
         port.queue_pairs = lower(place->queue_pairs, MOST_QUEUE_PAIRS);
         port.regions = lower(place->regions, MOST_REGIONS);
         mutex_release(&port.mutex);
@@ -75,6 +77,7 @@ void port_forget(void)
         port.count = 0;
         memset(port.gids, 0, sizeof port.gids);
         port.first = 0;
+        atomic_store_explicit(&port_direct_bytes, 0, memory_order_relaxed);
         port_lose();
 }
 

@@ -36,7 +36,8 @@ struct port_place {
         uint32_t queue_pairs, regions; /* limits */
         uint32_t first;                /* of the numbers of the process's queue pairs */
         uint64_t guid;
-        union ibv_gid gid; /* 0: none */
+        uint64_t direct_bytes; /* of memory that peers may map; 0: none may */
+        union ibv_gid gid;     /* 0: none */
 };
 
 /* The router has said this of a place in the table. True: its GID is another one. */
@@ -53,6 +54,9 @@ static inline uint32_t port_generation(void)
 {
         return atomic_load_explicit(&port_generations, memory_order_relaxed);
 }
+
+/* Bytes of memory that peers may map; 0: none may, and this process maps none of theirs. */
+extern _Atomic uint64_t port_direct_bytes;
 
 /* Is there a GID? */
 bool port_is_active(void);

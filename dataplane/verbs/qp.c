@@ -2,6 +2,7 @@
 
 #include "attribute_masks.h"
 #include "datagrams.h"
+#include "direct.h"
 #include "loop.h"
 #include "numbers.h"
 #include "post.h"
@@ -161,6 +162,7 @@ VERB int ibv_destroy_qp(struct ibv_qp *plain)
                         shared_leave(queue->shared, &queue->feeding);
                 number_return(plain->qp_num);
                 queue_reset(queue);
+                direct_withdraw(queue);
                 for (int i = 0; i < QUEUE_EVENTS; i++)
                         events_drop(&opened_of(plain->context)->events, &queue->events[i]);
                 events_wait(&plain->events_completed);
@@ -280,18 +282,23 @@ VERB int ibv_modify_qp(struct ibv_qp *plain, struct ibv_qp_attr *set, int mask)
 {
         struct queue_pair *queue = queue_of(plain);
         enum ibv_qp_state from;
+        unsigned int allowed;
         int error;
 
         if (opened_is_lost(plain->context))
                 return EIO;
         queue_lock(queue);
         from = queue_state(queue);
+        allowed = queue->attributes.qp_access_flags;
         error = change(queue, set, mask);
         queue_unlock(queue);
         if (error)
                 return error;
         if (mask & IBV_QP_STATE && set->qp_state == IBV_QPS_RESET)
                 queue_reset(queue);
+        if ((mask & IBV_QP_ACCESS_FLAGS && allowed & ~set->qp_access_flags) ||
+            (mask & IBV_QP_STATE && (set->qp_state == IBV_QPS_RESET || set->qp_state == IBV_QPS_ERR)))
+                direct_withdraw(queue);
         if (mask & IBV_QP_STATE && set->qp_state == IBV_QPS_RTR && from != IBV_QPS_RTR)
                 pair(queue);
         if (atomic_load_explicit(&queue->looped, memory_order_relaxed))

@@ -195,10 +195,30 @@ static bool owes_done(const struct queue_pair *queue)
         return (int32_t)(queue->done - queue->done_told) > 0;
 }
 
+/* What is to be told about direct memory. True: there was no room for some of it. */
+static bool put_direct_notes(struct queue_pair *queue)
+{
+        struct queue_direct *direct = &queue->direct;
+        struct iovec vec = {.iov_base = &direct->answer, .iov_len = sizeof direct->answer};
+        struct cursor cursor = {.vec = &vec};
+        struct record answer = {
+            .operation = RECORD_DIRECT, .rkey = direct->owed, .length = sizeof direct->answer};
+
+        if (direct->wanted &&
+            put_note(queue, (struct record){.operation = RECORD_ASK, .rkey = direct->wanted})) {
+                direct->asked = direct->wanted;
+                direct->wanted = 0;
+        }
+        if (direct->owed && record_put(&queue->sender, &answer, &cursor) == RECORD_OK)
+                direct->owed = 0;
+        return direct->wanted || direct->owed;
+}
+
 /* These are states: whatever has not been put yet is replaced by what is newer. */
 static void put_notes(struct queue_pair *queue)
 {
         uint32_t posted = count_receives_or_hunger(queue);
+        bool owes;
 
         if (queue->refusal && put_note(queue, (struct record){.operation = RECORD_REFUSED,
                                                               .psn = queue->refused,
@@ -215,12 +235,13 @@ static void put_notes(struct queue_pair *queue)
         if (owes_done(queue) &&
             put_note(queue, (struct record){.operation = RECORD_DONE, .psn = queue->done - 1}))
                 queue->done_told = queue->done;
+        owes = queue_state(queue) != IBV_QPS_ERR && put_direct_notes(queue);
         /* The last record, after the refusal. */
         if (queue->close_due && !queue->refusal &&
             put_note(queue, (struct record){.operation = RECORD_CLOSE}))
                 queue->close_due = false;
         atomic_store_explicit(&queue->owes,
-                              queue->refusal || queue->close_due || owes_done(queue) ||
+                              owes || queue->refusal || queue->close_due || owes_done(queue) ||
                                   owes_credit(queue, posted),
                               memory_order_relaxed);
 }
@@ -383,6 +404,9 @@ static void forget(struct queue_pair *queue)
         queue->credit = queue->spent = queue->time = queue->executed = queue->asking = 0;
         queue->refusal = queue->done = queue->done_told = queue->credit_told = 0;
         queue->asked = queue->since = 0;
+        segments_end(&queue->direct.segments);
+        memset(&queue->direct, 0, sizeof queue->direct);
+        memset(queue->used_keys, 0, sizeof queue->used_keys);
         atomic_store_explicit(&queue->consumed, 0, memory_order_relaxed);
         atomic_store_explicit(&queue->lost, 0, memory_order_relaxed);
         atomic_store_explicit(&queue->stalled, false, memory_order_relaxed);

@@ -31,7 +31,9 @@
 
 #include "../library/place.h"
 #include "cq.h"
+#include "extents.h"
 #include "opened.h"
+#include "reached.h"
 #include "record.h"
 #include "shared_receives.h"
 #include "work.h"
@@ -55,6 +57,19 @@ struct queue_member {
         struct queue_pair *queue;
         struct queue_member *next_hot;
         _Atomic uint32_t looks; /* in vain, until it is cold; 0: it is */
+};
+
+/* What a queue pair knows of memory that it may use without records: direct.h. */
+struct queue_direct {
+        struct segment *segments;
+        uint32_t lacking; /* the key of a request that is to begin; 0: none, or nothing is lacking */
+        uint32_t wanted;  /* a key to be asked for; 0: none */
+        uint32_t asked;   /* the key that was asked for, and whose memory is not there yet; 0: none */
+        struct record_direct coming; /* the answer, while its file is awaited */
+        uint32_t owed;               /* the key that the other side has asked for; 0: none */
+        struct record_direct answer; /* to be told */
+        uint32_t without[8];         /* keys without such memory */
+        uint32_t next_without;
 };
 
 struct queue_pair {
@@ -118,8 +133,11 @@ struct queue_pair {
         bool credit_due, close_due;
         bool draining; /* SQD, and some requests have begun */
         bool unheard;  /* UC: the other side has not been ready for a while; whatever would wait is lost */
+        struct queue_direct direct;
+        struct extent_set known; /* by the other side, which was told of them */
 
         /* --- under `receiving` --- */
+        uint32_t used_keys[4]; /* by which the other side was allowed to do something, the last first */
         struct receive_queue receives;
         struct record_receiver receiver;
         struct receive_work now; /* of the message that is coming */

@@ -32,6 +32,8 @@ static const struct rule {
     [RECORD_REFUSED] = {.numbered = true, .exact = true},
     [RECORD_CREDIT] = {.exact = true},
     [RECORD_CLOSE] = {.exact = true},
+    [RECORD_ASK] = {.rkey = true, .exact = true},
+    [RECORD_DIRECT] = {.rkey = true, .length = sizeof(struct record_direct), .exact = true},
 };
 
 /* A piece of a message or a write. */

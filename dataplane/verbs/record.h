@@ -28,11 +28,15 @@
  *      CREDIT  none           0          0         code of the time     0       receives posted     0
  *                                                   to wait for more             since the beginning
  *      CLOSE   none           0          0         0                    0       0                   0
+ *      ASK     none           0          0         0                    key     0                   0
+ *      DIRECT  none           that of    0         0                    ASK's   0                   0
+ *                              record_direct
  */
 /* clang-format on */
 /* The payload of SWAP is the value to compare with and the one to store, that of ADD the value to
  * add; the answer to each is the word as it was. Numbers are in the host's order, which is
- * little-endian on every host that FreeFlow runs on; immediate data is as the program gave it.
+ * little-endian on every host that FreeFlow runs on; immediate data is as the program gave it. ASK
+ * and DIRECT are about memory that one side may use without records (direct.h).
  *
  * Requests are numbered: `psn` grows by one from 0 on. A message or a write longer than a piece is
  * cut. Between two pieces of it there is no other request, but there may be answers, CREDIT and
@@ -76,6 +80,8 @@ enum record_operation {
         RECORD_REFUSED = 9,
         RECORD_CREDIT = 10,
         RECORD_CLOSE = 11,
+        RECORD_ASK = 12,
+        RECORD_DIRECT = 13,
         RECORD_OPERATIONS,
 };
 
@@ -115,6 +121,17 @@ struct record {
 };
 
 _Static_assert(sizeof(struct record) == 32, "headers are aligned in the ring, and have no padding");
+
+/* The payload of DIRECT: what of a key's memory is in which file. */
+struct record_direct {
+        uint64_t memory; /* the router's number; 0: the key has none */
+        uint64_t token;  /* to be shown to the router */
+        uint64_t base;   /* the key's address of the first byte */
+        uint64_t length;
+        uint64_t offset; /* in the file */
+        uint32_t access; /* enum key_access */
+        uint32_t zero;
+};
 
 /* The sender's part of a ring, in private memory. */
 struct record_sender {

@@ -1,5 +1,6 @@
 #include "requester.h"
 
+#include "direct.h"
 #include "monotonic.h"
 
 /* --- putting records */
@@ -20,6 +21,7 @@ static void note_put(struct queue_pair *queue, struct send_work *work, const str
                 work->expected = record->psn;
                 queue->asking += send_is_asking(work);
                 queue->spent += send_takes_receive(work);
+                direct_begun(queue);
         }
         work->psn = record->psn;
         work->behind = queue->sender.tail;
@@ -150,6 +152,8 @@ static enum record_outcome put_next(struct queue_pair *queue, struct send_work *
                 spoil(work, IBV_WC_LOC_QP_OP_ERR);
                 return RECORD_OK;
         }
+        if (!work->begun && direct_try(queue, work))
+                return RECORD_OK;
         if (!work->begun && !may_begin(queue, work)) {
                 if (!queue->unheard)
                         return RECORD_WAIT;
@@ -231,7 +235,7 @@ static bool is_done(struct queue_pair *queue, const struct send_work *work)
                 return false;
         if (send_is_asking(work))
                 return work->answered;
-        return send_is_local(work) || !queue_is_reliable(queue) || is_executed(queue, work);
+        return work->direct || send_is_local(work) || !queue_is_reliable(queue) || is_executed(queue, work);
 }
 
 /* The oldest request has lost the other side. */
@@ -371,6 +375,9 @@ bool requester_answer(struct queue_pair *queue, struct record_receiver *receiver
                 queue->credit = record->total;
                 queue->time = record->immediate;
                 return true;
+        case RECORD_ASK:
+        case RECORD_DIRECT:
+                return direct_take(queue, receiver);
         case RECORD_CLOSE:
                 atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
                 requester_complete(queue, polled);

@@ -80,6 +80,7 @@ struct send_work {
         bool begun;            /* a record was put */
         bool whole;            /* the last one was */
         bool answered;         /* all that it asked for has come */
+        bool direct;           /* it was executed without a record */
 };
 
 /* Indices grow without end: head <= answered <= next <= tail. */

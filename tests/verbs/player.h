@@ -14,7 +14,16 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { MOST = 150000, OPEN = 32, RECEIVES = 8, COMPLETIONS = 128, AREA = 1 << 20, WORDS = 64, PATIENCE = 60 };
+enum {
+        MOST = 150000,
+        OPEN = 32,
+        RECEIVES = 8,
+        COMPLETIONS = 128,
+        AREA = 1 << 20,
+        PAGE_BYTES = 4096,
+        WORDS = 64,
+        PATIENCE = 60
+};
 
 /* What both ends see. */
 struct shared {
@@ -34,6 +43,7 @@ static time_t end_of_test;
 /* The program's: */
 static struct ibv_context *open_device(void);
 static struct ibv_qp_attr attributes_of(int side);
+static void go_on(struct ibv_qp *qp); /* what is to be done besides polling */
 
 /* A request that is not complete, as far as it is known. */
 struct slot {
@@ -48,7 +58,7 @@ struct player {
         struct end end;
         unsigned char *memory; /* slots, then receives */
         struct ibv_mr *region;
-        unsigned char *area; /* of this end, the other's to use */
+        unsigned char *area, *area_start; /* of this end, the other's to use */
         struct ibv_mr *area_region;
         unsigned char *mirror; /* of the other end's area */
         struct slot slots[OPEN];
@@ -108,15 +118,18 @@ static void make_player(struct player *player, int side)
         wanted.recv_cq = player->end.received;
         wanted.qp_context = side ? &shared : NULL;
         CHECK((player->end.qp = ibv_create_qp(player->end.pd, &wanted)));
-        CHECK((player->memory = malloc(size)) && (player->area = calloc(1, AREA)) &&
+        CHECK((player->memory = malloc(size)) && (player->area = calloc(1, AREA + PAGE_BYTES)) &&
               (player->mirror = calloc(1, AREA)));
+        /* Sometimes on a boundary of pages. */
+        player->area_start =
+            player->area + (seed / 2 % 2 ? PAGE_BYTES - (uintptr_t)player->area % PAGE_BYTES : 8);
         CHECK((player->region = ibv_reg_mr(player->end.pd, player->memory, size, IBV_ACCESS_LOCAL_WRITE)));
-        CHECK((player->area_region = ibv_reg_mr(player->end.pd, player->area, AREA, ALL_ACCESS)));
+        CHECK((player->area_region = ibv_reg_mr(player->end.pd, player->area_start, AREA, ALL_ACCESS)));
         for (int i = 0; i < OPEN; i++) {
                 player->slots[i].bytes = player->memory + (size_t)i * MOST;
                 CHECK((player->slots[i].expected = malloc(MOST)));
         }
-        shared->ends[side].area = (uintptr_t)player->area;
+        shared->ends[side].area = (uintptr_t)player->area_start;
         shared->ends[side].key = player->area_region->rkey;
         atomic_store(&shared->ends[side].number, player->end.qp->qp_num);
         while (!atomic_load(&shared->ends[!side].number))
@@ -301,6 +314,7 @@ static void take_completions(struct player *player)
         struct ibv_wc wcs[8];
         struct ibv_cq *cqs[2] = {player->end.sent, player->end.received};
 
+        go_on(player->end.qp);
         for (int which = 0; which < (cqs[0] == cqs[1] ? 1 : 2); which++) {
                 int count = ibv_poll_cq(cqs[which], 8, wcs);
 

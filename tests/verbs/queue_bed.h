@@ -8,6 +8,7 @@
 #include "../../dataplane/verbs/port.h"
 #include "../../dataplane/verbs/queue_pair.h"
 #include "connecting.h"
+#include "direct_bed.h"
 #include "no_router.h"
 
 #include <pthread.h>
@@ -79,6 +80,7 @@ static inline struct ibv_context *open_device(void)
                                    .regions = 1000,
                                    .first = FIRST_NUMBER,
                                    .guid = 1,
+                                   .direct_bytes = UINT32_MAX,
                                    .gid = {.raw = {[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1}}};
         struct ibv_device **list;
         struct ibv_context *context;
@@ -126,6 +128,7 @@ static inline struct ibv_wc wait_for(struct ibv_cq *cq, struct ibv_cq *other)
                 if (other)
                         cq_of(other)->driver ? (void)atomic_load(&cq_of(other)->driver)->poll(cq_of(other))
                                              : (void)0;
+                reach_files(NULL);
                 CHECK(time(NULL) < end);
         }
         return wc;

@@ -80,6 +80,7 @@ static void start(void)
 
 static void end_all(void)
 {
+        forget_wishes();
         for (int i = 0; i < 2; i++) {
                 CHECK(ibv_dereg_mr(regions[i]) == 0);
                 free(memory[i]);
@@ -1109,10 +1110,13 @@ int main(void)
         queue_pairer = &pairer;
         context = open_device();
         for (size_t i = 0; i < sizeof checks / sizeof *checks; i++)
-                for (int far = 0; far < 2; far++) {
-                        remote = far;
+                for (int way = 0; way < 3; way++) {
+                        remote = way == 1;
+                        use_direct_memory(way == 2);
                         checks[i]();
                 }
+        use_direct_memory(false);
+        CHECK(reached_files);
         check_attributes();
         check_alone();
         check_regions();

@@ -1,6 +1,6 @@
 /* Two queue pairs that do everything at once, and one whose other side is hostile.
  *
- *      queue_torture threads|processes|posters|hostile local|remote SECONDS SEED
+ *      queue_torture threads|processes|posters|hostile local|remote|direct SECONDS SEED
  *
  * threads, processes: player.h.
  *
@@ -34,6 +34,11 @@ static void leave(struct queue_pair *queue)
 
 static const struct queue_pairer pairer = {
     .ask = ask, .ask_again = ask_again, .listen = listen_to_nobody, .ring = ring, .leave = leave};
+
+static void go_on(struct ibv_qp *qp)
+{
+        reach_files(queue_of(qp));
+}
 
 static struct ibv_qp_attr attributes_of(int side)
 {
@@ -216,13 +221,13 @@ static uint32_t length_at(uint64_t place, uint64_t *random, uint32_t piece)
 /* A record that is valid, if not always allowed. */
 static struct record some_record(const struct victim *victim, uint64_t *random, uint32_t piece)
 {
-        static const uint8_t usual[] = {RECORD_SEND, RECORD_WRITE, RECORD_WRITE, RECORD_READ,
-                                        RECORD_SWAP, RECORD_ADD,   RECORD_CREDIT};
+        static const uint8_t usual[] = {RECORD_SEND, RECORD_WRITE, RECORD_WRITE,  RECORD_READ,
+                                        RECORD_SWAP, RECORD_ADD,   RECORD_CREDIT, RECORD_ASK};
         const uint32_t keys[] = {victim->readable->rkey, victim->own->rkey,
                                  (uint32_t)any(random, UINT32_MAX)};
         uint64_t place = any(random, GIVEN / 8) * 8;
         struct record record = {.operation = any(random, 80)
-                                                 ? usual[any(random, 7)]
+                                                 ? usual[any(random, 8)]
                                                  : (uint8_t)(1 + any(random, RECORD_OPERATIONS - 1)),
                                 .psn = (uint32_t)any(random, 8),
                                 .rkey = any(random, 80) ? victim->writable->rkey : keys[any(random, 3)],
@@ -251,6 +256,10 @@ static struct record some_record(const struct victim *victim, uint64_t *random, 
                 record.total = 8;
                 record.length = record.operation == RECORD_SWAP ? 16 : 8;
                 record.address += any(random, 50) == 0;
+                break;
+        case RECORD_ASK:
+                record.address = 0;
+                record.psn = 0;
                 break;
         case RECORD_REFUSED:
                 record.immediate = 1 + (uint32_t)any(random, 3);
@@ -293,6 +302,54 @@ static void put_pieces(struct record_sender *sender, struct record record, uint6
         put(sender, record);
 }
 
+/* A file of the other side, with anything in its header. */
+static struct extent_file hostile_file;
+
+static void make_hostile_file(void)
+{
+        if (!hostile_file.memory)
+                CHECK(bed_make((size_t)4 * PAGE, true, &hostile_file));
+}
+
+static void write_header(uint64_t key)
+{
+        CHECK(pwrite(hostile_file.memfd, &key, sizeof key, 0) == sizeof key);
+}
+
+/* What the victim asks for is there, in any part of it, or in none, or in a file that is not this
+ * side's to give, for which it has no token. */
+static void put_direct(struct record_sender *sender, uint32_t key, uint64_t *random)
+{
+        struct record_direct direct = {.memory = any(random, 4) ? (uint64_t)getpid() << 32 | any(random, 16)
+                                                                : any(random, UINT64_MAX),
+                                       .token = any(random, UINT64_MAX),
+                                       .base = any(random, UINT64_MAX),
+                                       .length = any(random, UINT64_MAX),
+                                       .offset = any(random, 2) ? PAGE : any(random, UINT64_MAX),
+                                       .access = (uint32_t)any(random, 32),
+                                       .zero = any(random, 50) == 0};
+        struct record record = {
+            .operation = RECORD_DIRECT, .rkey = key + (any(random, 50) == 0), .length = sizeof direct};
+        struct iovec vec = {.iov_base = &direct, .iov_len = sizeof direct};
+        struct cursor cursor = {.vec = &vec};
+
+        make_hostile_file();
+        if (any(random, 2)) {
+                direct.memory = hostile_file.memory;
+                direct.token = hostile_file.token;
+                write_header(any(random, 4) ? key : any(random, UINT64_MAX));
+                if (any(random, 4)) {
+                        direct.base = any(random, 4) ? 0 : direct.base;
+                        direct.length = any(random, 5 * PAGE);
+                        direct.offset = any(random, 5 * PAGE);
+                }
+        }
+        if (any(random, 8) == 0)
+                direct.memory = 0;
+        if (record_put(sender, &record, &cursor) == RECORD_OK)
+                record_publish(sender);
+}
+
 /* Take what the victim asks for, and mostly answer as it is right. */
 static void answer(struct record_sender *sender, struct record_receiver *receiver, uint64_t *random)
 {
@@ -305,6 +362,8 @@ static void answer(struct record_sender *sender, struct record_receiver *receive
                         put(sender, (struct record){.operation = RECORD_RESPONSE,
                                                     .psn = record->psn + (any(random, 50) == 0),
                                                     .length = record->total + (any(random, 50) == 0)});
+                if (record->operation == RECORD_ASK && any(random, 4))
+                        put_direct(sender, record->rkey, random);
                 record_done(receiver);
         }
 }
@@ -362,8 +421,16 @@ static void act(struct victim *victim, uint64_t *random)
         error = ibv_post_recv(victim->end.qp, &receive, &bad_receive);
         CHECK(error == 0 || error == ENOMEM);
         part.length = part.length > 100 ? 100 : part.length;
+        if (wr.opcode == IBV_WR_ATOMIC_FETCH_AND_ADD) {
+                wr.wr.atomic.remote_addr = any(random, PAGE) * 8;
+                wr.wr.atomic.rkey = 1 + (uint32_t)any(random, 4);
+        } else {
+                wr.wr.rdma.remote_addr = any(random, 5 * PAGE);
+                wr.wr.rdma.rkey = 1 + (uint32_t)any(random, 4);
+        }
         error = ibv_post_send(victim->end.qp, &wr, &bad);
         CHECK(error == 0 || error == ENOMEM);
+        reach_files(queue_of(victim->end.qp));
         ibv_poll_cq(victim->end.sent, 16, wcs);
         ibv_poll_cq(victim->end.received, 16, wcs);
 }
@@ -432,6 +499,7 @@ int main(int count, char **arguments)
         if (count != 5)
                 return 2;
         remote = strcmp(arguments[2], "remote") == 0;
+        use_direct_memory(strcmp(arguments[2], "direct") == 0);
         end_of_test = time(NULL) + atoi(arguments[3]);
         seed = strtoull(arguments[4], NULL, 0);
         shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);

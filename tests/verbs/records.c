@@ -96,6 +96,8 @@ static const struct record examples[] = {
     {.operation = RECORD_REFUSED, .psn = 5, .immediate = REFUSED_ACCESS},
     {.operation = RECORD_CREDIT, .total = 1000, .immediate = RECORD_TIMES - 1},
     {.operation = RECORD_CLOSE},
+    {.operation = RECORD_ASK, .rkey = 3},
+    {.operation = RECORD_DIRECT, .rkey = 3, .length = sizeof(struct record_direct)},
 };
 
 /* What no record may be: each with the example that one change makes invalid. */
@@ -117,7 +119,9 @@ static void check_changes(void)
                 DONE,
                 REFUSED,
                 CREDIT,
-                CLOSE
+                CLOSE,
+                ASK,
+                DIRECT
         };
         struct record r;
 
@@ -177,6 +181,12 @@ static void check_changes(void)
         REJECTS(CREDIT, immediate = RECORD_TIMES);
         REJECTS(CLOSE, psn = 1);
         REJECTS(CLOSE, total = 1);
+        REJECTS(ASK, length = 1);
+        REJECTS(ASK, psn = 1);
+        REJECTS(ASK, address = 1);
+        REJECTS(DIRECT, length = sizeof(struct record_direct) - 8);
+        REJECTS(DIRECT, length = sizeof(struct record_direct) + 8);
+        REJECTS(DIRECT, address = 1);
 }
 
 /* Put a record whose payload is `length` bytes of byte_at(place). */

@@ -36,7 +36,7 @@ def test_unreliable_and_shared(tmp_path: Path, sanitizer: str) -> None:
 
 
 @pytest.mark.timeout(2 * int(SECONDS) + 200)
-@pytest.mark.parametrize("kind", ["local", "remote"])
+@pytest.mark.parametrize("kind", ["local", "remote", "direct"])
 @pytest.mark.parametrize("mode", ["threads", "processes", "posters", "hostile"])
 def test_torture(torture: Path, mode: str, kind: str) -> None:
     """Everything at once arrives byte for byte, also from threads that share a queue pair; and a
