@@ -1,5 +1,6 @@
 #include "files.h"
 
+#include "extents.h"
 #include "interfaces.h"
 #include "port.h"
 #include "virtual.h"
@@ -256,8 +257,11 @@ static int open_file(const char *path, int flags)
 
 void files_show(void)
 {
-        static const struct virtual_files shown = {
-            .other = other_file, .open = open_file, .disguise = disguise_of};
+        static const struct virtual_files shown = {.other = other_file,
+                                                   .open = open_file,
+                                                   .disguise = disguise_of,
+                                                   .advise = extents_advise,
+                                                   .move = extents_move};
         virtual_files *wrapped = dlsym(RTLD_DEFAULT, VIRTUAL_NAME);
 
         if (wrapped)
