@@ -2,6 +2,7 @@
 
 #include "client.h"
 #include "datagrams.h"
+#include "extents.h"
 #include "monotonic.h"
 #include "numbers.h"
 #include "progress.h"
@@ -24,7 +25,7 @@ enum {
         WITH_TIMES = 10, /* requests may have to wait no longer */
         WITHOUT_BELL = 16,
         UNKNOWN_BELL = 1000,
-        WITHOUT_ROUTER = 1000,
+        ONCE_MORE = 1000,    /* for want of a router, or of a moment to replace pages */
         SPIN = 50000,        /* ns since something was found */
         SPIN_MOST = 1000000, /* ns: others wait */
         SPIN_ONCE = 8,       /* looks between two at the clock */
@@ -140,15 +141,16 @@ void agent_leave(const struct place *place)
 /* --- a turn */
 
 struct turn {
-        bool all;     /* queue pairs, or only those whose bells have rung */
-        bool arm;     /* no program polls */
-        bool unarmed; /* one did when some queue pairs went on: not all are armed */
-        bool spins;   /* and looks by itself */
-        bool did;     /* something was executed */
-        bool waits;   /* requests are open */
-        bool no_bell; /* some queue pair can't be armed */
-        bool unasked; /* the router does not know of some */
-        int visit;    /* ms until the next visit() is due; -1: not for its own sake */
+        bool all;       /* queue pairs, or only those whose bells have rung */
+        bool arm;       /* no program polls */
+        bool unarmed;   /* one did when some queue pairs went on: not all are armed */
+        bool spins;     /* and looks by itself */
+        bool did;       /* something was executed */
+        bool waits;     /* requests are open */
+        bool no_bell;   /* some queue pair can't be armed */
+        bool unasked;   /* the router does not know of some */
+        bool unsettled; /* some memory is still a file's that should not be */
+        int visit;      /* ms until the next visit() is due; -1: not for its own sake */
         /* Of what they have done: */
         bool tells;       /* the router is to hear of it */
         uint32_t untold;  /* queue pairs of which it has not */
@@ -399,8 +401,8 @@ static int patience_of(const struct turn *turn)
                 return WITH_TIMES;
         if (turn->no_bell)
                 return WITHOUT_BELL;
-        if (turn->unasked)
-                return WITHOUT_ROUTER;
+        if (turn->unasked || turn->unsettled)
+                return ONCE_MORE;
         return turn->untold ? BETWEEN_REPORTS : -1;
 }
 
@@ -500,6 +502,7 @@ static void go_on_all(struct turn *turn)
         if (turn->unasked)
                 client_open(0);
         turn->unasked = false;
+        turn->unsettled = !extents_settle();
         client_receive();
         if (turn->arm && !datagrams_arm())
                 turn->no_bell = true;

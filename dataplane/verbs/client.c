@@ -204,6 +204,7 @@ static bool set_place(const struct v_device *device)
             .index = device->index,
             .queue_pairs = device->queue_pairs,
             .regions = device->regions,
+            .direct_bytes = device->direct ? device->direct_bytes : 0,
             .first = device->qpn_first,
             .guid = device->guid,
         };

@@ -3,6 +3,7 @@
  */
 #include "client.h"
 #include "cm_device.h"
+#include "direct_files.h"
 #include "files.h"
 #include "pair.h"
 #include "port.h"
@@ -36,6 +37,7 @@ VERB struct ibv_device **ibv_get_device_list(int *number)
         if (client_open(PATIENCE)) {
                 pair_start();
                 cm_start();
+                direct_files_start();
         }
         there = list && client_services() && port_is_active();
         if (there)

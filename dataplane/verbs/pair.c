@@ -4,6 +4,7 @@
 #include "client.h"
 #include "datagram_slots.h"
 #include "datagrams.h"
+#include "direct.h"
 #include "groups.h"
 #include "monotonic.h"
 #include "numbers.h"
@@ -100,17 +101,22 @@ static void ask(struct queue_pair *queue)
 static bool ask_again(struct queue_pair *queue)
 {
         const struct freeflow_services *here = client_services();
-        bool asked = true, over = false;
+        bool asked = true, over = false, anew = false;
+        uint32_t by;
 
         if (!here || !atomic_load(&queue->request) || queue_paired(queue) == QUEUE_LOST)
                 return true;
         mutex_take(&asking);
         if (atomic_load(&queue->request)) {
+                by = queue->asked_by;
                 ask_by_socket(here, queue);
                 asked = queue->asked_for;
+                anew = asked && by != queue->asked_by;
                 over = queue->wait_end && queue_paired(queue) == QUEUE_ASKED && monotonic() > queue->wait_end;
         }
         mutex_release(&asking);
+        if (anew)
+                direct_ask_again(queue);
         if (over)
                 queue_lose(queue);
         return asked;

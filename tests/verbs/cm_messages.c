@@ -9,6 +9,7 @@
 #include "../../dataplane/verbs/cm_send.h"
 #include "../../dataplane/verbs/cm_steps.h"
 #include "../../dataplane/verbs/cm_table.h"
+#include "../../dataplane/verbs/direct_files.h"
 #include "../../dataplane/verbs/pair.h"
 #include "../../dataplane/verbs/port.h"
 #include "../dataplane/check.h"
@@ -94,6 +95,10 @@ void agent_visit(int (*turn)(void))
 }
 
 void pair_start(void)
+{
+}
+
+void direct_files_start(void)
 {
 }
 

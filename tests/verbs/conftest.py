@@ -22,7 +22,7 @@ HEADER: Final = Path("/usr/include/infiniband/verbs.h")
 SECONDS: Final = os.environ.get("TORTURE_SECONDS", "1")
 """How long a torture lasts."""
 SANITIZERS: Final = ("", "address,undefined", "thread")
-_WITH_ROUTER: Final = ("agent.c", "client.c", "cm_", "datagram_slots.c", "pair.c")
+_WITH_ROUTER: Final = ("agent.c", "client.c", "cm_", "datagram_slots.c", "direct_files.c", "pair.c")
 """How the names of sources begin that need a router."""
 
 

@@ -4,6 +4,7 @@
 
 #include "../../dataplane/verbs/client.h"
 #include "../../dataplane/verbs/cm_device.h"
+#include "../../dataplane/verbs/direct_files.h"
 #include "../../dataplane/verbs/pair.h"
 
 const struct freeflow_services *client_services(void)
@@ -24,6 +25,10 @@ void pair_start(void)
 }
 
 void cm_start(void)
+{
+}
+
+void direct_files_start(void)
 {
 }
 

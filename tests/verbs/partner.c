@@ -15,6 +15,9 @@
  *      part                 all that `many` has made are destroyed
  *      files COUNT          so many descriptors may be open from now on
  *      fork                 the child answers from now on: how polling its parent's queue fails
+ *      breed COUNT          so many children, one after the other, which look at its memory
+ *      discard              it discards some of its memory
+ *      move                 it moves memory that is registered, too: where it is then
  *      confine              the process confines itself to certain system calls
  *      close                it closes all descriptors that it did not open
  */
@@ -25,6 +28,7 @@
 #include <poll.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -36,6 +40,7 @@ enum {
         OPEN = 16,
         WORDS = 2 * OPEN,
         LENGTH = 100000,
+        PAGE_BYTES = 4096,
         MANY = 1024,
         SECONDS = 30,
         DESCRIPTORS = 1 << 16,
@@ -55,12 +60,14 @@ static uint32_t peer_key;
 static void open_device(void)
 {
         struct ibv_device **list = ibv_get_device_list(NULL);
+        void *memory;
 
         CHECK(list && list[0] && (context = ibv_open_device(list[0])));
         CHECK((pd = ibv_alloc_pd(context)) && (channel = ibv_create_comp_channel(context)));
         CHECK((cq = ibv_create_cq(context, 4 * MANY, NULL, channel, 0)));
         CHECK(ibv_query_gid(context, 1, 0, &gid) == 0);
-        CHECK((region = ibv_reg_mr(pd, calloc(2, LENGTH), 2 * LENGTH, ALL_ACCESS)));
+        memory = mmap(NULL, 2 * LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(memory != MAP_FAILED && (region = ibv_reg_mr(pd, memory, 2 * LENGTH, ALL_ACCESS)));
 }
 
 static void make(void)
@@ -221,6 +228,64 @@ static void become_child(void)
         context = NULL;
 }
 
+/* Children have the memory as it was when they were made, and nothing of what the peer or either
+ * side writes later. */
+static void breed(int count)
+{
+        const size_t bytes = (size_t)2 * LENGTH;
+        unsigned char *memory = region->addr, *copy = malloc(bytes);
+        int status;
+
+        CHECK(copy);
+        for (int i = 0; i < count; i++) {
+                pid_t child;
+
+                memset(memory + LENGTH, i, LENGTH);
+                child = fork();
+                if (!child) {
+                        for (int j = 0; j < LENGTH; j++)
+                                CHECK(memory[LENGTH + j] == (unsigned char)i);
+                        memcpy(copy, memory, bytes);
+                        usleep(10000);
+                        CHECK(memcmp(copy, memory, bytes) == 0);
+                        memset(memory, 0xff, bytes);
+                        _exit(0);
+                }
+                memset(memory + LENGTH, i + 1, LENGTH);
+                CHECK(waitpid(child, &status, 0) == child && status == 0);
+                for (int j = 0; j < LENGTH; j++)
+                        CHECK(memory[LENGTH + j] == (unsigned char)(i + 1));
+        }
+        free(copy);
+        puts("bred");
+}
+
+/* What the program discards reads as 0. */
+static void discard(void)
+{
+        volatile unsigned char *memory = region->addr;
+
+        memset(region->addr, 7, LENGTH);
+        CHECK(madvise(region->addr, PAGE_BYTES, MADV_DONTNEED) == 0);
+        CHECK(!memory[0] && !memory[PAGE_BYTES - 1] && memory[PAGE_BYTES] == 7);
+        puts("discarded");
+}
+
+/* Some of its memory, which is registered once more. Says where it is. */
+static void move(void)
+{
+        const size_t bytes = (size_t)4 * PAGE_BYTES;
+        unsigned char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        struct ibv_mr *other;
+
+        CHECK(memory != MAP_FAILED && (other = ibv_reg_mr(pd, memory, bytes, ALL_ACCESS)));
+        memset(memory, 7, bytes);
+        memory = mremap(memory, bytes, 2 * bytes, MREMAP_MAYMOVE);
+        CHECK(memory != MAP_FAILED && memory[0] == 7 && memory[bytes - 1] == 7 && !memory[bytes]);
+        CHECK(ibv_dereg_mr(other) == 0 && memory[0] == 7);
+        printf("%llu\n", (unsigned long long)(uintptr_t)memory);
+}
+
 static void confine(void)
 {
         struct sock_filter all = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
@@ -303,6 +368,12 @@ static void obey(const char *word, const char *rest)
                 limit_files((unsigned int)atoi(rest));
         } else if (strcmp(word, "fork") == 0) {
                 become_child();
+        } else if (strcmp(word, "breed") == 0) {
+                breed(atoi(rest));
+        } else if (strcmp(word, "discard") == 0) {
+                discard();
+        } else if (strcmp(word, "move") == 0) {
+                move();
         } else if (strcmp(word, "confine") == 0) {
                 confine();
         } else if (strcmp(word, "close") == 0) {

@@ -35,8 +35,12 @@ Containers = Mapping[Path, Sequence[str]]
 ALONE: Final[Containers] = {OWN: ("10.0.4.1", "fd00::1")}
 
 
-def snapshot(containers: Containers, settings: RouterSettings) -> RouterSnapshot:
-    """What a driver would say, with all containers on one network."""
+def snapshot(
+    containers: Containers, settings: RouterSettings, *, direct: bool = False
+) -> RouterSnapshot:
+    """What a driver would say, with all containers on one network. `direct`: their processes may
+    map each other's registered memory.
+    """
     addresses = [address for each in containers.values() for address in each]
     subnets = {
         str(ip_network(f"{address}/{64 if ':' in address else 24}", strict=False))
@@ -53,7 +57,7 @@ def snapshot(containers: Containers, settings: RouterSettings) -> RouterSnapshot
             )
             for number, (path, each) in enumerate(containers.items())
         ),
-        networks=(NetworkFact(id=NETWORK, subnets=tuple(sorted(subnets))),),
+        networks=(NetworkFact(id=NETWORK, subnets=tuple(sorted(subnets)), verbs_direct=direct),),
         settings=settings,
     )
 
@@ -67,6 +71,7 @@ class TestRouter:
     folder: Path
     containers: Containers
     settings: RouterSettings = field(default_factory=RouterSettings)
+    direct: bool = False
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -87,7 +92,7 @@ class TestRouter:
     def learn(self, containers: Containers) -> None:
         """Tell it of other containers."""
         self.containers = containers
-        self.client.replace_snapshot(snapshot(containers, self.settings))
+        self.client.replace_snapshot(snapshot(containers, self.settings, direct=self.direct))
 
     def start(self) -> None:
         """Start it; it serves when this returns."""
@@ -129,10 +134,14 @@ class TestRouter:
 
 @contextlib.contextmanager
 def router(
-    folder: Path, containers: Containers = ALONE, settings: RouterSettings | None = None
+    folder: Path,
+    containers: Containers = ALONE,
+    settings: RouterSettings | None = None,
+    *,
+    direct: bool = False,
 ) -> Iterator[TestRouter]:
     """A router that knows these containers; it must survive without a bug."""
-    made = TestRouter(folder, containers, settings or RouterSettings())
+    made = TestRouter(folder, containers, settings or RouterSettings(), direct)
     made.start()
     try:
         yield made

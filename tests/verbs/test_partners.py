@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -71,18 +72,20 @@ class Partners:
     def __init__(self, made: TestRouter, program: Path, library: Path) -> None:
         self.router = made
         self.command = [program]
-        self.environment = {"LD_PRELOAD": f"{LIBRARY}:{library}", **made.environment}
+        preloaded = (LIBRARY, library, library.with_name("libibverbs.so"))
+        self.environment = {"LD_PRELOAD": ":".join(map(str, preloaded)), **made.environment}
         self.both = [self.start(), self.start()]
 
     def start(self) -> Partner:
         """A process, without a queue pair."""
         return Partner(self.command, self.environment)
 
-    def connect(self) -> None:
-        """Make a queue pair in each, connected with each other."""
+    def connect(self) -> list[int]:
+        """Make a queue pair in each, connected with each other. Where their memory is."""
         made = [partner.ask("make") for partner in self.both]
         for partner, of_peer in zip(self.both, reversed(made), strict=True):
             assert partner.ask(f"connect {of_peer}") == "connected"
+        return [int(each.split()[1]) for each in made]
 
     def join(self, count: int) -> None:
         """Make so many queue pairs in each, connected with those of the other."""
@@ -98,10 +101,15 @@ class Partners:
 
 @contextlib.contextmanager
 def two_partners(
-    program: Path, library: Path, folder: Path, settings: RouterSettings | None = None
+    program: Path,
+    library: Path,
+    folder: Path,
+    settings: RouterSettings | None = None,
+    *,
+    direct: bool = False,
 ) -> Iterator[Partners]:
     """Two processes that are not connected yet, with a router of these settings."""
-    with router(folder, settings=settings) as made:
+    with router(folder, settings=settings, direct=direct) as made:
         pair = Partners(made, program, library)
         try:
             yield pair
@@ -119,10 +127,19 @@ def program(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_c(HERE / "partner.c", to, "-Wl,--no-as-needed", str(library))
 
 
+@pytest.fixture(params=[False, True], ids=["records", "direct"])
+def partners(
+    program: Path, library: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Partners]:
+    """Two processes that are not connected yet, whose memory is direct or not."""
+    with two_partners(program, library, tmp_path, direct=request.param) as pair:
+        yield pair
+
+
 @pytest.fixture
-def partners(program: Path, library: Path, tmp_path: Path) -> Iterator[Partners]:
-    """Two processes that are not connected yet."""
-    with two_partners(program, library, tmp_path) as pair:
+def direct_partners(program: Path, library: Path, tmp_path: Path) -> Iterator[Partners]:
+    """Two processes that are not connected yet, with direct memory."""
+    with two_partners(program, library, tmp_path, direct=True) as pair:
         yield pair
 
 
@@ -152,12 +169,18 @@ def test_killed_at_work(partners: Partners, how: str) -> None:
 
 
 def test_killed_while_idle(partners: Partners) -> None:
-    """If a process is killed while nothing is open, its peer hears of it at its next request."""
+    """If a process is killed while nothing is open, its peer hears of it at its next request, or,
+    if that needs nothing of the other process, soon.
+    """
     partners.connect()
     killed, other = partners.both
     assert other.ask("write 3") == f"3 {SUCCESS}"
     killed.kill()
-    assert other.ask("write 1") == f"0 {LOST}"
+    until = time.monotonic() + patience(5)
+    while (said := other.ask("write 1")) == f"1 {SUCCESS}":
+        assert partners.router.direct
+        assert time.monotonic() < until
+    assert said == f"0 {LOST}"
     assert other.ask("event") == FATAL
 
 
@@ -208,6 +231,64 @@ def test_child(partners: Partners) -> None:
     assert second.ask("write 10") == f"10 {SUCCESS}"
     partners.connect()
     assert [partner.ask("write 10") for partner in partners.both] == [f"10 {SUCCESS}"] * 2
+
+
+def is_shared(partner: Partner, address: int) -> bool:
+    """Whether the pages at an address are a file's, and not a process's own."""
+    for line in Path(f"/proc/{partner.process.pid}/maps").read_text().splitlines():
+        place, flags, *_ = line.split()
+        first, end = (int(text, 16) for text in place.split("-"))
+        if first <= address < end:
+            return flags.endswith("s")
+    raise AssertionError(f"{address:x} is not mapped")
+
+
+def warm_up(partners: Partners) -> None:
+    """Write until the first one needs nothing of the second one any more."""
+    first, second = partners.both
+    assert first.process.stdout
+    partners.connect()
+    until = time.monotonic() + patience(10)
+    while True:
+        assert first.ask("write 10") == f"10 {SUCCESS}"
+        second.process.send_signal(signal.SIGSTOP)
+        first.tell("write 10")
+        direct = bool(select.select([first.process.stdout], [], [], 0.2)[0])
+        second.process.send_signal(signal.SIGCONT)
+        assert first.hear() == f"10 {SUCCESS}"
+        if direct:
+            return
+        assert time.monotonic() < until
+
+
+def test_direct(direct_partners: Partners) -> None:
+    """Direct memory needs nothing of the process that owns it."""
+    warm_up(direct_partners)
+
+
+def test_children(direct_partners: Partners) -> None:
+    """Children have copies of direct memory, while a peer writes to their parent's."""
+    warm_up(direct_partners)
+    first, second = direct_partners.both
+    assert first.ask("flood poll") == "begun"
+    assert second.ask("breed 20") == "bred"
+    assert first.process.poll() is None
+    second.kill()
+    assert first.hear().startswith(LOST)
+
+
+def test_discarded(direct_partners: Partners) -> None:
+    """Direct memory that its program discards reads as 0."""
+    warm_up(direct_partners)
+    assert direct_partners.both[1].ask("discard") == "discarded"
+
+
+def test_moved(direct_partners: Partners) -> None:
+    """Direct memory that its program moves is its own again."""
+    partner = direct_partners.both[0]
+    address, _ = direct_partners.connect()
+    assert is_shared(partner, address)
+    assert not is_shared(partner, int(partner.ask("move")))
 
 
 def test_confined(partners: Partners) -> None:
@@ -312,6 +393,7 @@ def sleeps(pid: int) -> int:
     return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
 
+@pytest.mark.parametrize("partners", [False], ids=["records"], indirect=True)
 def test_busy_core(partners: Partners) -> None:
     """Two programs that poll on one core with a third give way by sleeping: who yields gets the
     core after all others.
