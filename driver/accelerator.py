@@ -138,6 +138,7 @@ def _network(network: Network, state: NetworkState, rule: Rule, own: ThisHost) -
         rdma=options.rdma(network.options),
         relay=options.relay(network.options),
         verbs=options.verbs(network.options),
+        verbs_direct=options.verbs_direct(network.options),
         subnets=tuple(dict.fromkeys(subnets)),
         vips={
             str(vip): tuple(map(str, sorted(tasks)))

@@ -30,6 +30,7 @@ USER_KEYS: Final = {
     "rdma": "on or off: connections to other hosts over RDMA",
     "relay": "on or off: connections to other hosts over TCP between the relays",
     "verbs": "on or off: RDMA verbs",
+    "verbs_direct": "on or off: peers on one host map each other's registered memory",
     "ebpf": "on or off: the eBPF fast path",
     "balance": "even, local or source: which of a service's tasks its VIP leads to",
     "upgrade_operations": "reads and writes after which a connection moves to shared memory",
@@ -74,6 +75,7 @@ class NetworkOptions:
     rdma: bool = True
     relay: bool = True
     verbs: bool = True
+    verbs_direct: bool = False
     ebpf: bool = True
     balance: str = EVEN
     upgrade_operations: int | None = None
@@ -214,6 +216,11 @@ def verbs(options: Mapping[str, str]) -> bool:
     return _switch("verbs", options.get("verbs", "on"))
 
 
+def verbs_direct(options: Mapping[str, str]) -> bool:
+    """Whether peers of a network may map each other's registered memory. Raises InvalidRequest."""
+    return _switch("verbs_direct", options.get("verbs_direct", "off"))
+
+
 def parse(options: Mapping[str, str]) -> NetworkOptions:
     """Check the options of a network.
 
@@ -236,6 +243,7 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
         rdma=rdma(options),
         relay=relay(options),
         verbs=verbs(options),
+        verbs_direct=verbs_direct(options),
         ebpf=ebpf(options),
         balance=balance(options),
         upgrade_operations=upgrade_operations(options),

@@ -67,6 +67,7 @@ def router_settings(settings: Settings) -> RouterSettings:
             bells=settings.bells_limit,
             memory=settings.shm_limit,
             queue_pairs=settings.verbs_qps,
+            direct_memory=settings.verbs_memory,
         ),
         rdma=settings.rdma == "on" and settings.scope == "global",
         session_port=settings.session_port or settings.vxlan_port,

@@ -428,6 +428,13 @@ class Settings:
         details="A process has 4096 of them at most. Each counts as a connection, too.",
         tuning=True,
     )
+    verbs_memory: int = _setting(
+        _BYTES,
+        _ROUTER.limits.direct_memory,
+        "bytes of registered memory of one container that peers on its host may map, on networks "
+        "with `verbs_direct`",
+        tuning=True,
+    )
 
 
 SETTINGS: Final[tuple[Setting, ...]] = tuple(

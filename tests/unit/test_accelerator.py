@@ -183,11 +183,13 @@ def test_other_hosts() -> None:
     assert told.underlay == "10.9.9.1"
     assert told.tunnel_offload is False
     assert told.networks[0].verbs
-    network = a_network(options={"relay": "off", "verbs": "off"})
+    assert not told.networks[0].verbs_direct
+    network = a_network(options={"relay": "off", "verbs": "off", "verbs_direct": "on"})
     told = facts([network], [an_endpoint(7)], known, homes, RouterSettings())
     assert (told.networks[0].peers, told.networks[0].rdma, told.underlay) == ((), True, "")
     assert not told.networks[0].relay
     assert not told.networks[0].verbs
+    assert told.networks[0].verbs_direct
 
 
 def test_told_once(world: World) -> None:

@@ -26,6 +26,7 @@ def test_defaults() -> None:
     assert parsed.rdma
     assert parsed.relay
     assert parsed.verbs
+    assert not parsed.verbs_direct
     assert parsed.own_vni is None
 
 
@@ -39,6 +40,7 @@ def test_user_options() -> None:
             "rdma": "off",
             "relay": "off",
             "verbs": "off",
+            "verbs_direct": "on",
             "balance": "Local",
             "upgrade_operations": "16",
         }
@@ -48,6 +50,7 @@ def test_user_options() -> None:
     assert not parsed.rdma
     assert not parsed.relay
     assert not parsed.verbs
+    assert parsed.verbs_direct
     assert (parsed.mtu, parsed.vni, parsed.acceleration) == (9000, 70012, False)
 
 
@@ -91,6 +94,7 @@ def test_mtu_by_both_names() -> None:
         ("rdma", "auto"),
         ("relay", "tcp"),
         ("verbs", "rxe"),
+        ("verbs_direct", "maybe"),
         ("balance", "near"),
         ("upgrade_operations", "0"),
         ("upgrade_operations", "many"),

@@ -136,6 +136,7 @@ def test_settings_reach_the_router() -> None:
         "relay_encryption": "all",
         "verbs": "off",
         "verbs_qps": 9,
+        "verbs_memory": 1 << 20,
     }
     usual = router_settings(Settings())
     seen = {

@@ -140,6 +140,7 @@ GOOD = [
     ("BELLS_LIMIT", "0", "bells_limit", 0),
     ("VERBS", "off", "verbs", "off"),
     ("VERBS_QPS", "65535", "verbs_qps", 65535),
+    ("VERBS_MEMORY", "1048576", "verbs_memory", 1 << 20),
 ]
 
 
@@ -224,6 +225,7 @@ BAD = [
     ("BELLS_LIMIT", ""),
     ("VERBS", "yes"),
     ("VERBS_QPS", "65536"),
+    ("VERBS_MEMORY", "1M"),
 ]
 
 
