@@ -132,7 +132,8 @@ struct v_grant {
         uint64_t token;
         struct verbs_gid peer_gid;
         uint32_t peer_count; /* of V_SLOT_DATAGRAMS: how many numbers the peer has */
-        uint32_t number;     /* of V_SLOT_DATAGRAMS: the router's number of the slot; never 0 */
+        uint32_t number;     /* of V_SLOT_DATAGRAMS: the router's number of the slot; never 0; else 1 if
+                              * the peer knows direct memory and the network allows it */
 };
 
 struct v_refuse {

@@ -286,8 +286,21 @@ class VerbsPairing:
         except KernelRefused:
             return self._refuse_both(one, other, Reason.MEMORY)
         one.place, other.place = (arena, slot, 0), (arena, slot, 1)
-        self._slots.hand_out(arena, _message(one, other.gid), _message(other, one.gid))
+        direct = self._may_be_direct(one, other)
+        self._slots.hand_out(
+            arena, _message(one, other.gid, direct), _message(other, one.gid, direct)
+        )
         return True
+
+    def _may_be_direct(self, one: QueuePairRecord, other: QueuePairRecord) -> bool:
+        """Whether two processes may map each other's memory. Only those with the same library may:
+        an earlier one does not know the records for it.
+        """
+        network = self._registry.knowledge.networks[one.network]
+        processes = self._registry.processes
+        return network.verbs_direct and (
+            processes[one.process].build == processes[other.process].build
+        )
 
     def _refuse_both(self, one: QueuePairRecord, other: QueuePairRecord, reason: Reason) -> bool:
         self.forbid(one, reason)
@@ -387,7 +400,7 @@ def _sum(total: int, growth: int) -> int:
     return min(total + min(max(growth, 0), MOST_GROWTH), MOST_COUNTED)
 
 
-def _message(record: QueuePairRecord, peer_gid: IPAddress) -> VerbsGrant:
+def _message(record: QueuePairRecord, peer_gid: IPAddress, direct: bool = False) -> VerbsGrant:
     assert record.place is not None
     arena, slot, side = record.place
     return VerbsGrant(
@@ -402,4 +415,5 @@ def _message(record: QueuePairRecord, peer_gid: IPAddress) -> VerbsGrant:
         incarnation=arena.slots[slot].incarnation,
         token=arena.sides[side].token,
         peer_gid=peer_gid,
+        number=direct,
     )

@@ -155,7 +155,7 @@ class VerbsQueuePair(msgspec.Struct, frozen=True, gc=False):
 class VerbsGrant(msgspec.Struct, frozen=True, gc=False):
     """A slot of an arena for a queue pair, or for the datagrams of two processes; see `Grant`.
 
-    `number`: the router's of a slot for datagrams.
+    `number`: the router's of a slot for datagrams; for a queue pair, whether memory may be direct.
     """
 
     request: U32

@@ -113,9 +113,7 @@ bool direct_try(struct queue_pair *queue, struct send_work *work)
         unsigned char *place;
 
         queue->direct.lacking = 0;
-        if (!access || !direct_reacher || !work->total ||
-            !atomic_load_explicit(&port_direct_bytes, memory_order_relaxed) ||
-            view_remote(&queue->sender.view) || atomic_load_explicit(&queue->looped, memory_order_relaxed))
+        if (!queue->direct.may || !access || !work->total)
                 return false;
         segment = find(queue, work, access, &place);
         if (!segment || !is_in_order(queue) ||
@@ -241,9 +239,8 @@ bool direct_take(struct queue_pair *queue, struct record_receiver *receiver)
         if (receiver->now.operation == RECORD_DIRECT)
                 return learn(queue, receiver);
         queue->direct.owed = receiver->now.rkey;
-        queue->direct.answer = direct_reacher && !view_remote(&queue->sender.view)
-                                   ? describe(queue, receiver->now.rkey)
-                                   : (struct record_direct){0};
+        queue->direct.answer =
+            queue->direct.may ? describe(queue, receiver->now.rkey) : (struct record_direct){0};
         return receiver->now.rkey;
 }
 

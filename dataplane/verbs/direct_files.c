@@ -75,8 +75,7 @@ static bool make(size_t bytes, bool writable, struct extent_file *file)
         static uint64_t not_before;
         bool made;
 
-        if (bytes > atomic_load_explicit(&port_direct_bytes, memory_order_relaxed) ||
-            monotonic() < not_before)
+        if (monotonic() < not_before)
                 return false;
         if (ask_for_one(bytes, writable))
                 wait_for_answer();

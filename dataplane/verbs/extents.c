@@ -1,6 +1,7 @@
 #include "extents.h"
 
 #include "mutex.h"
+#include "port.h"
 #include "standstill.h"
 
 #include <errno.h>
@@ -31,6 +32,8 @@ static struct {
         _Atomic uintptr_t first, end;
 } places[MOST_EXTENTS];
 static _Atomic uint32_t highest;
+static _Atomic bool begun;     /* there may have been extents */
+static _Atomic uint32_t forks; /* under way, which do not have the mutex */
 static _Atomic bool unsettled; /* some extent has no user, and its pages could not be replaced */
 
 /* --- making and ending them */
@@ -150,10 +153,13 @@ struct extent *extent_take(uintptr_t address, size_t length, bool writable)
         uintptr_t end_of_place = (address + length) & ~(uintptr_t)(EXTENT_PAGE - 1);
         struct extent *extent = NULL;
 
-        if (!extent_maker || first < address || end_of_place <= first)
+        if (!extent_maker || first < address || end_of_place <= first ||
+            end_of_place - first > atomic_load_explicit(&port_direct_bytes, memory_order_relaxed))
                 return NULL;
+        atomic_store(&begun, true);
         mutex_take(&table.mutex);
-        if (is_free(first, end_of_place))
+        /* Either this sees the fork, or extents_fork() sees that there may be extents. */
+        if (!atomic_load(&forks) && is_free(first, end_of_place))
                 extent = make(first, end_of_place - first, writable);
         mutex_release(&table.mutex);
         return extent;
@@ -256,8 +262,10 @@ void extents_withdraw(const struct extent_set *told)
 
 void extents_end(void)
 {
-        mutex_take(&table.mutex);
         extent_maker = NULL;
+        if (!atomic_load(&begun))
+                return;
+        mutex_take(&table.mutex);
         for (uint32_t i = 0; i < table.count; i++)
                 withdraw(table.extents[i]);
         mutex_release(&table.mutex);
@@ -347,7 +355,7 @@ static struct {
         struct pages_part parts[MOST_PARTS_OF_ALL];
         const struct direct_pages *of[MOST_PARTS_OF_ALL];
         uint32_t count;
-        bool taken;               /* the table's mutex */
+        _Atomic uint32_t thread;  /* that has the table's mutex for it; 0: none */
         _Atomic uint32_t *copied; /* in memory that both share: 1: it has been */
 } forking;
 
@@ -378,9 +386,13 @@ static void list_for_child(void)
 
 void extents_fork(void)
 {
-        forking.taken = take_for_a_while(FORK_PATIENCE);
+        atomic_fetch_add(&forks, 1);
+        if (!atomic_load(&begun) || !take_for_a_while(FORK_PATIENCE))
+                return;
+        atomic_fetch_sub(&forks, 1);
+        atomic_store(&forking.thread, (uint32_t)sys_0(SYS_gettid));
         forking.count = 0;
-        if (!forking.taken || !table.count)
+        if (!table.count)
                 return;
         list_for_child();
         if (forking.count && !forking.copied) {
@@ -403,6 +415,9 @@ void extents_forked(void)
         }
         /* All of it is the parent's. */
         table.count = forking.count = 0;
+        atomic_store(&begun, false);
+        atomic_store(&forks, 0);
+        atomic_store(&forking.thread, 0);
         atomic_store(&highest, 0);
         memset(places, 0, sizeof places);
         table.mutex = (struct mutex){0};
@@ -415,11 +430,14 @@ void extents_fork_done(bool made)
 {
         const struct timespec patience = {.tv_sec = CHILD_PATIENCE};
 
-        if (!forking.taken)
+        if (atomic_load(&forking.thread) != (uint32_t)sys_0(SYS_gettid)) {
+                atomic_fetch_sub(&forks, 1);
                 return;
+        }
         if (made && forking.count && forking.copied && !atomic_load(forking.copied))
                 sys_4(SYS_futex, forking.copied, FUTEX_WAIT, 0, &patience);
         /* A child that nobody announces has none of them. */
         forking.count = 0;
+        atomic_store(&forking.thread, 0);
         mutex_release(&table.mutex);
 }

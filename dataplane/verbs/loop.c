@@ -30,7 +30,7 @@ bool loop_up(struct queue_pair *queue)
         memset(queue->loop, 0, sizeof *queue->loop);
         view = view_of(queue->loop, (unsigned char *)queue->loop + PAGE, RING_SHIFT);
         atomic_store_explicit(&queue->looped, true, memory_order_relaxed);
-        return queue_pair_up(queue, view, view, &nowhere);
+        return queue_pair_up(queue, view, view, &nowhere, false);
 }
 
 void loop_end(struct queue_pair *queue)

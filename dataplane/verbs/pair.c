@@ -230,7 +230,7 @@ static void granted(void *owner, void *argument)
         atomic_store_explicit(&queue->bell, bell, memory_order_relaxed);
         agent_serve(&message->place, queue->plain.qp_base.qp_num);
         if (queue_pair_up(queue, here->sends(&message->place), here->receives(&message->place),
-                          &message->place))
+                          &message->place, message->grant.number))
                 /* It is the queue pair's now. */
                 atomic_store_explicit(&message->place.incarnation, 0, memory_order_relaxed);
         else

@@ -288,7 +288,8 @@ static void copy_place(struct place *to, const struct place *from)
                               memory_order_relaxed);
 }
 
-bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, const struct place *place)
+bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, const struct place *place,
+                   bool direct)
 {
         bool wanted;
 
@@ -302,6 +303,7 @@ bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, co
                 atomic_store_explicit(&queue->relayed, view_remote(&out), memory_order_relaxed);
                 atomic_store_explicit(&queue->out, out.ring, memory_order_release);
                 atomic_store_explicit(&queue->in, in.ring, memory_order_release);
+                queue->direct.may = direct;
                 queue->credit_due = true;
                 atomic_store_explicit(&queue->pairing, QUEUE_PAIRED, memory_order_release);
                 queue_publish(queue);

@@ -61,6 +61,7 @@ struct queue_member {
 
 /* What a queue pair knows of memory that it may use without records: direct.h. */
 struct queue_direct {
+        bool may; /* the other side knows of it, and the network allows it */
         struct segment *segments;
         uint32_t lacking; /* the key of a request that is to begin; 0: none, or nothing is lacking */
         uint32_t wanted;  /* a key to be asked for; 0: none */
@@ -234,7 +235,8 @@ static inline bool queue_is_parted(const struct queue_pair *queue, const struct 
 
 /* The router has paired it: the ring that goes out, the one that comes in, and where both are.
  * False: it does not wait for that any more. */
-bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, const struct place *place);
+bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, const struct place *place,
+                   bool direct);
 /* The other side has never been where the router has put the two: it waits to be paired again.
  * False: it has been, or this one does not wait. */
 bool queue_pair_down(struct queue_pair *queue);

@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define VIRTUAL_NAME "freeflow_virtual_files"
+#define VIRTUAL_NAME "freeflow_virtual_files_2"
 
 struct virtual_files {
         /* The path of a file that stands for this one; NULL: none does. */

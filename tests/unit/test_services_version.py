@@ -1,4 +1,4 @@
-"""What libfreeflow.so and libibverbs.so.1 agree on changes together with its version."""
+"""What two of our libraries agree on changes together with its version."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ DIGESTS: Final = {3: "c98550eb4907ae4d"}
 """What those headers say, by SERVICES_VERSION."""
 
 
-def code(name: str) -> str:
+WRAPPED: Final = LIBRARY.parent / "verbs/virtual.h"
+WRAPPED_DIGESTS: Final = {2: "253831e187020b49"}
+"""What libibverbs.so.1 and its companion agree on, by the number at the end of VIRTUAL_NAME."""
+
+
+def code(header: Path) -> str:
     """A header without its comments, and with single spaces only."""
-    text = (LIBRARY / name).read_text(encoding="utf-8")
+    text = header.read_text(encoding="utf-8")
     return " ".join(re.sub(r"/\*.*?\*/", " ", text, flags=re.DOTALL).split())
 
 
@@ -25,8 +30,18 @@ def test_the_version_changes_with_what_it_names() -> None:
     no device instead of structures that it misreads. If this fails, raise SERVICES_VERSION, and
     write down its digest in place of the one before.
     """
-    agreed = {name: code(name) for name in AGREED}
+    agreed = {name: code(LIBRARY / name) for name in AGREED}
     version = re.search(r"\bSERVICES_VERSION = (\d+)", agreed["services.h"])
     assert version
     digest = hashlib.sha256("\n".join(agreed.values()).encode()).hexdigest()[:16]
     assert {int(version[1]): digest} == DIGESTS
+
+
+def test_the_name_changes_with_the_calls_that_are_wrapped() -> None:
+    """A program with another companion than its libibverbs.so.1 has none, instead of one that calls
+    what is not there. If this fails, raise the number at the end of VIRTUAL_NAME.
+    """
+    said = code(WRAPPED)
+    version = re.search(r'VIRTUAL_NAME "freeflow_virtual_files_(\d+)"', said)
+    assert version
+    assert {int(version[1]): hashlib.sha256(said.encode()).hexdigest()[:16]} == WRAPPED_DIGESTS

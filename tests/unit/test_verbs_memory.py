@@ -163,6 +163,23 @@ def test_networks_without(world: MemoryWorld) -> None:
     assert world.refusals(one.process) == [Reason.NOT_FOUND, Reason.OFF]
 
 
+def test_who_is_told_of_it(world: MemoryWorld) -> None:
+    """A queue pair may use direct memory only where the network allows it and both processes have
+    the same library: an earlier one would not understand the records for it.
+    """
+    one, other, earlier = world.open(1), world.open(2), world.open(2)
+    world.pairing.processes[earlier.process].build = "another"
+    for peer, allowed, direct in (
+        (other, True, True),
+        (earlier, True, False),
+        (other, False, False),
+    ):
+        world.allow(allowed)
+        for queue_pair in world.pair(one, peer):
+            assert queue_pair.grant is not None
+            assert queue_pair.grant.number == direct
+
+
 def test_limits() -> None:
     """A container has no more bytes and files than it may have, nor a process more files, and no
     file is part of a page or empty.

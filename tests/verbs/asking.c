@@ -8,6 +8,7 @@
  */
 #include "../../dataplane/verbs/client.h"
 #include "../../dataplane/verbs/cm_device.h"
+#include "../../dataplane/verbs/direct_files.h"
 #include "../../dataplane/verbs/opened.h"
 #include "../../dataplane/verbs/pair.h"
 #include "../dataplane/check.h"
@@ -31,6 +32,10 @@ void pair_start(void)
 }
 
 void cm_start(void)
+{
+}
+
+void direct_files_start(void)
 {
 }
 

@@ -15,6 +15,7 @@ static struct end ends[2];
 static unsigned char *memory[2];
 static struct ibv_mr *regions[2];
 static int remote_access = ALL_ACCESS;
+static bool known = true; /* direct memory, to both */
 
 /* --- pairing */
 
@@ -27,8 +28,8 @@ static void ask(struct queue_pair *queue)
                 return;
         }
         rings = new_rings(false);
-        queue_pair_up(asking, rings.views[0], rings.views[1], &nowhere);
-        queue_pair_up(queue, rings.views[1], rings.views[0], &nowhere);
+        queue_pair_up(asking, rings.views[0], rings.views[1], &nowhere, known);
+        queue_pair_up(queue, rings.views[1], rings.views[0], &nowhere, known);
         asking = NULL;
 }
 
@@ -352,6 +353,25 @@ static void check_less_allowed(void)
         end_all();
 }
 
+/* Nothing of it is told to a peer that does not know it, or on a network that does not allow it. */
+static void check_unknown(void)
+{
+        struct ibv_sge list;
+
+        known = false;
+        start();
+        for (int i = 0; i < 3; i++) {
+                uint64_t before = records_put();
+
+                list = piece(0, 8);
+                post(operation(IBV_WR_RDMA_WRITE, &list, 1, MIDDLE));
+                CHECK(sent().status == IBV_WC_SUCCESS);
+                CHECK(records_put() - before == sizeof(struct record) + list.length);
+        }
+        end_all();
+        known = true;
+}
+
 int main(void)
 {
         queue_pairer = &pairer;
@@ -363,6 +383,7 @@ int main(void)
         check_refused();
         check_guess();
         check_less_allowed();
+        check_unknown();
         check_ended();
         CHECK(ibv_close_device(context) == 0);
         return 0;

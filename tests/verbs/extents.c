@@ -43,6 +43,8 @@ static void note_unsettled(void)
 {
 }
 
+_Atomic uint64_t port_direct_bytes = UINT32_MAX;
+
 static const struct extent_maker maker = {
     .make = make_file, .protect = protect_file, .end = end_file, .unsettled = note_unsettled};
 

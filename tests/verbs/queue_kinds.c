@@ -29,8 +29,8 @@ static void ask(struct queue_pair *queue)
                 *made = new_rings(false);
                 return;
         }
-        queue_pair_up(asking, made->views[0], made->views[1], &nowhere);
-        queue_pair_up(queue, made->views[1], made->views[0], &nowhere);
+        queue_pair_up(asking, made->views[0], made->views[1], &nowhere, false);
+        queue_pair_up(queue, made->views[1], made->views[0], &nowhere, false);
 }
 
 static void leave(struct queue_pair *queue)

@@ -24,7 +24,7 @@ static void ask(struct queue_pair *queue)
 {
         bool second = queue->plain.qp_base.qp_context;
 
-        queue_pair_up(queue, rings.views[second], rings.views[!second], &nowhere);
+        queue_pair_up(queue, rings.views[second], rings.views[!second], &nowhere, direct_reacher != NULL);
 }
 
 static void leave(struct queue_pair *queue)

@@ -16,7 +16,7 @@
 
 #define CALL __attribute__((visibility("default")))
 
-CALL virtual_files freeflow_virtual_files;
+CALL virtual_files freeflow_virtual_files_2;
 
 /* The C library's functions; NULL: it has none of that name. */
 #define FUNCTIONS(F)                                                                                         \
@@ -68,7 +68,7 @@ static __attribute__((constructor)) void start(void)
 
 static const struct virtual_files *shown(void)
 {
-        return atomic_load_explicit(&freeflow_virtual_files, memory_order_acquire);
+        return atomic_load_explicit(&freeflow_virtual_files_2, memory_order_acquire);
 }
 
 /* A descriptor of the device's file of this path, for a caller who asks for it by these flags; -1:

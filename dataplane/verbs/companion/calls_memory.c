@@ -10,7 +10,7 @@
 
 #define CALL __attribute__((visibility("default")))
 
-extern virtual_files freeflow_virtual_files;
+extern virtual_files freeflow_virtual_files_2;
 
 static long result(long status)
 {
@@ -23,7 +23,7 @@ static long result(long status)
 CALL int madvise(void *first, size_t length, int advice)
 {
         const struct virtual_files *shown =
-            atomic_load_explicit(&freeflow_virtual_files, memory_order_acquire);
+            atomic_load_explicit(&freeflow_virtual_files_2, memory_order_acquire);
 
         if (shown && shown->advise((uintptr_t)first, length, advice))
                 return 0;
@@ -33,7 +33,7 @@ CALL int madvise(void *first, size_t length, int advice)
 CALL void *mremap(void *first, size_t length, size_t wanted, int flags, ...)
 {
         const struct virtual_files *shown =
-            atomic_load_explicit(&freeflow_virtual_files, memory_order_acquire);
+            atomic_load_explicit(&freeflow_virtual_files_2, memory_order_acquire);
         void *place = NULL;
         va_list list;
 
