@@ -305,6 +305,10 @@ class VerbsFacts(msgspec.Struct, frozen=True, kw_only=True):
     """That queue pairs have posted and that were executed, as their processes say."""
     bytes: int = 0
     """Of these operations."""
+    direct_files: int = 0
+    """Now: files for registered memory, which peers may map."""
+    direct_bytes: int = 0
+    """Of these files."""
 
 
 class RouterCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -471,6 +475,10 @@ class QueuePairFact(msgspec.Struct, frozen=True, kw_only=True):
     peer_qpn: int
     path: str
     """shm, rdma or relay; empty: it is not connected."""
+    direct: str = ""
+    """Direct memory. used: its process has mapped memory of the peer's by it; unused: it may, and
+    has not; library: it may not, as the two processes were started with different libraries; empty:
+    the network does not allow it, or it is not connected within this host."""
     reason: str | None = None
     """The reason's word, if it is not connected."""
     age: float

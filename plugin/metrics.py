@@ -326,6 +326,11 @@ METRICS: Final = (
         "Bytes of these operations",
         _value(lambda status: _verbs(status).bytes),
     ),
+    _gauge(
+        "freeflow_verbs_direct_bytes",
+        "Bytes of registered memory that peers may map (verbs_direct)",
+        _value(lambda status: _verbs(status).direct_bytes),
+    ),
     _counter(
         "freeflow_queue_pairs_paired",
         "Pairs of queue pairs that the router has connected",

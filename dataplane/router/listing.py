@@ -211,7 +211,7 @@ def statistics(
         wrong_messages=wrong_messages,
         dropped=dropped,
         bugs=bugs,
-        verbs=counts_of_verbs(pairing.verbs),
+        verbs=counts_of_verbs(pairing.verbs, pairing.direct_memory),
         containers=tuple(
             _counts(container, pairing)
             for container in pairing.containers.values()

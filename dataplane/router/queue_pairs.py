@@ -29,6 +29,10 @@ class QueuePairRecord:
     """The peer is on another host; `peer_namespace` is that of the relay, which stands for it."""
     refused: Reason | None = None
     """It was told that it has no peer any more; it still has its slot."""
+    direct: bool = False
+    """It may use direct memory: the network allows it, and both processes have the same library."""
+    reached: bool = False
+    """Its process has got a file of the peer's memory by it."""
     status: VerbsStatus | None = None
     """What its process said last."""
 

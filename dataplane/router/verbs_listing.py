@@ -8,6 +8,7 @@ from typing import Final
 from dataplane.control import QueuePairFact, VerbsDeviceFact, VerbsFacts, VerbsObjects
 from dataplane.router.pairing import Pairing
 from dataplane.router.queue_pairs import QueuePairRecord
+from dataplane.router.verbs_memory import DirectMemory
 from dataplane.router.verbs_pairing import VerbsPairing, VerbsProcess
 
 WAITING: Final = "waiting"
@@ -45,7 +46,7 @@ def objects(pairing: Pairing, now: float, only: int | None) -> Iterator[VerbsObj
     )
 
 
-def counts(verbs: VerbsPairing) -> VerbsFacts:
+def counts(verbs: VerbsPairing, direct_memory: DirectMemory) -> VerbsFacts:
     """The counters."""
     return VerbsFacts(
         processes=sum(any(opened.device.gids) for opened in verbs.processes.values()),
@@ -55,6 +56,8 @@ def counts(verbs: VerbsPairing) -> VerbsFacts:
         operations=verbs.counts.operations,
         bytes=verbs.counts.bytes,
         refused={reason.word: count for reason, count in verbs.counts.refused.items()},
+        direct_files=len(direct_memory.files),
+        direct_bytes=direct_memory.bytes.total(),
     )
 
 
@@ -88,6 +91,16 @@ def _path(pairing: Pairing, record: QueuePairRecord) -> str:
     return pairing.remote.transport(arena.slots[slot].connection).value
 
 
+def _direct(pairing: Pairing, record: QueuePairRecord) -> str:
+    """See `QueuePairFact.direct`."""
+    network = pairing.knowledge.networks.get(record.network)
+    if record.peer is None or network is None or not network.verbs_direct:
+        return ""
+    if not record.direct:
+        return "library"
+    return "used" if record.reached else "unused"
+
+
 def _why(pairing: Pairing, record: QueuePairRecord) -> tuple[str, str] | None:
     """Why a queue pair is not connected, as a word and as a sentence; None: it is."""
     reason = record.refused
@@ -115,6 +128,7 @@ def _queue_pair(
         peer=str(record.peer_gid),
         peer_qpn=message.peer_qpn,
         path=_path(pairing, record) if reason is None else "",
+        direct=_direct(pairing, record) if reason is None else "",
         reason=reason,
         age=now - record.since,
         operations=0 if status is None else status.operations,

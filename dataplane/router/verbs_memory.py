@@ -171,10 +171,12 @@ class DirectMemory:
     # --- peers
 
     def _reach(self, opened: VerbsProcess, message: VerbsMemory) -> None:
-        file = self._file_for(opened.queue_pairs.get(message.qpn), message)
-        if file is None:
+        record = opened.queue_pairs.get(message.qpn)
+        file = self._file_for(record, message)
+        if record is None or file is None:
             self._refuse(opened, message, Reason.NOT_FOUND)
             return
+        record.reached = True
         answer = VerbsMemory(
             VerbsKind.REACHED,
             request=message.request,

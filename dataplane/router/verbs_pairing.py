@@ -265,6 +265,7 @@ class VerbsPairing:
 
     def _pair(self, one: QueuePairRecord, other: QueuePairRecord) -> None:
         """Connect two queue pairs. Those of an earlier router have a slot of one of its arenas."""
+        one.direct = other.direct = self._may_be_direct(one, other)
         if not one.message.paired and not self._grant(one, other):
             return
         one.peer, other.peer = other, one
@@ -286,10 +287,7 @@ class VerbsPairing:
         except KernelRefused:
             return self._refuse_both(one, other, Reason.MEMORY)
         one.place, other.place = (arena, slot, 0), (arena, slot, 1)
-        direct = self._may_be_direct(one, other)
-        self._slots.hand_out(
-            arena, _message(one, other.gid, direct), _message(other, one.gid, direct)
-        )
+        self._slots.hand_out(arena, _message(one, other.gid), _message(other, one.gid))
         return True
 
     def _may_be_direct(self, one: QueuePairRecord, other: QueuePairRecord) -> bool:
@@ -400,7 +398,7 @@ def _sum(total: int, growth: int) -> int:
     return min(total + min(max(growth, 0), MOST_GROWTH), MOST_COUNTED)
 
 
-def _message(record: QueuePairRecord, peer_gid: IPAddress, direct: bool = False) -> VerbsGrant:
+def _message(record: QueuePairRecord, peer_gid: IPAddress) -> VerbsGrant:
     assert record.place is not None
     arena, slot, side = record.place
     return VerbsGrant(
@@ -415,5 +413,5 @@ def _message(record: QueuePairRecord, peer_gid: IPAddress, direct: bool = False)
         incarnation=arena.slots[slot].incarnation,
         token=arena.sides[side].token,
         peer_gid=peer_gid,
-        number=direct,
+        number=record.direct,
     )

@@ -99,8 +99,16 @@ def _verbs(verbs: VerbsFacts, setting: str) -> str:
         f"{_count(verbs.queue_pairs - verbs.waiting, 'connected queue pair')}, "
         f"{verbs.waiting} waiting for the peer, "
         f"{_count(verbs.operations, 'operation')} of {amount(verbs.bytes)}"
-        f"{f', {refused} refused or ended by the peer' if refused else ''}\n"
+        f"{f', {refused} refused or ended by the peer' if refused else ''}"
+        f"{_direct_memory(verbs)}\n"
     )
+
+
+def _direct_memory(verbs: VerbsFacts) -> str:
+    if not verbs.direct_files:
+        return ""
+    files = _count(verbs.direct_files, "region")
+    return f", {amount(verbs.direct_bytes)} of direct memory in {files}"
 
 
 def rdma_device(rdma: RdmaFacts) -> str:
@@ -333,8 +341,13 @@ def show_verbs(found: VerbsObjects) -> str:
         indent="",
     )
     if found.queue_pairs:
+        direct = any(each.direct for each in found.queue_pairs)
         text += "\n" + table(
-            ("CONTAINER", "TYPE", "LOCAL", "REMOTE", "PATH", "WHY", "OPERATIONS", "BYTES"),
+            (
+                *("CONTAINER", "TYPE", "LOCAL", "REMOTE", "PATH"),
+                *(("DIRECT",) if direct else ()),
+                *("WHY", "OPERATIONS", "BYTES"),
+            ),
             [
                 (
                     each.container,
@@ -342,6 +355,7 @@ def show_verbs(found: VerbsObjects) -> str:
                     f"{each.local} {each.qpn:#x}",
                     f"{each.peer} {each.peer_qpn:#x}",
                     each.path or "-",
+                    *((each.direct,) if direct else ()),
                     each.reason or "",
                     str(each.operations),
                     amount(each.bytes),

@@ -256,6 +256,8 @@ def status(**fields: Any) -> Status:
                 refused={"remote": 2},
                 operations=12,
                 bytes=4096,
+                direct_files=2,
+                direct_bytes=8192,
             ),
             paths=(
                 PathCount(NET, "overlay", "remote", 1),

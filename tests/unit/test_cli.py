@@ -149,7 +149,8 @@ def test_well(world: World) -> None:
     )
     assert (
         "verbs 1 program with a device, 2 connected queue pairs, 1 waiting for the peer, "
-        "12 operations of 4.0 KiB, 2 refused or ended by the peer" in lines
+        "12 operations of 4.0 KiB, 2 refused or ended by the peer, "
+        "8.0 KiB of direct memory in 2 regions" in lines
     )
     assert "  peers: host2 192.0.2.2" in lines
     assert "  web      10.0.4.2  all (even)      10.0.4.7, 10.0.4.8" in lines
@@ -434,6 +435,14 @@ def test_verbs(world: World) -> None:
         "WHY      MEANS",
         "waiting  the peer has not asked for this queue pair yet",
     ]
+    waiting, connected = LISTED_VERBS.queue_pairs
+    direct = msgspec.structs.replace(connected, direct="used")
+    world.listed_verbs = msgspec.structs.replace(LISTED_VERBS, queue_pairs=(waiting, direct))
+    head, line = (
+        each.split() for each in world.run("connections", "--verbs").output.splitlines()[3:5]
+    )
+    assert head[3:7] == ["REMOTE", "PATH", "DIRECT", "WHY"]
+    assert line[6:9] == ["shm", "used", "12"]
     found = world.json("connections", "--verbs")
     assert [each["qpn"] for each in found["queue_pairs"]] == [0x5001, 0x5000]
     assert found["devices"][0]["guid"] == "024646ff0a000407"
@@ -452,6 +461,13 @@ def test_verbs_in_status(world: World) -> None:
         "verbs 0 programs with a device, 0 connected queue pairs, 0 waiting for the peer, "
         "3 operations of 2.0 KiB"
     ]
+    assert lines(VerbsFacts(processes=1, direct_files=1, direct_bytes=4096), VERBS="on") == [
+        "verbs 1 program with a device, 0 connected queue pairs, 0 waiting for the peer, "
+        "0 operations of 0 B, 4.0 KiB of direct memory in 1 region"
+    ]
+    world.status = status(
+        router=RouterStatus(up=True, verbs=VerbsFacts(paired=1, operations=3, bytes=2048))
+    )
     found = world.json("status")["router"]["verbs"]
     assert (found["operations"], found["bytes"], found["refused"]) == (3, 2048, {})
 

@@ -91,6 +91,7 @@ def test_values() -> None:
     assert found[("freeflow_verbs_processes", ())] == 1
     assert found[("freeflow_verbs_operations_total", ())] == 12
     assert found[("freeflow_verbs_bytes_total", ())] == 4096
+    assert found[("freeflow_verbs_direct_bytes", ())] == 8192
     assert found[("freeflow_queue_pairs_refused_total", (("reason", "remote"),))] == 2
     assert found[("freeflow_requests_total", (("call", "Join"),))] == 7
     assert found[("freeflow_request_errors_total", (("call", "Join"),))] == 1

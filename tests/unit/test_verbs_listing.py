@@ -75,7 +75,7 @@ def test_counts(world: VerbsWorld) -> None:
     a.ask(a.create(), b, QueuePairModel(9))
     a.ask_for(a.create(), gid("8.8.8.8"), 9)
     a.reset(one)
-    counts = verbs_listing.counts(world.pairing.verbs)
+    counts = verbs_listing.counts(world.pairing.verbs, world.pairing.direct_memory)
     assert (counts.processes, counts.queue_pairs, counts.waiting, counts.paired) == (2, 4, 1, 2)
     assert counts.refused == {"foreign": 1, "peer-closed": 1}
     statistics = listing.statistics(

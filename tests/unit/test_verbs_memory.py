@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from dataplane.control import Limits
 from dataplane.errors import WrongMessage
+from dataplane.router import verbs_listing
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.reasons import Reason
 from dataplane.router.verbs_memory import FILES, FILES_OF_CONTAINER
@@ -169,15 +170,37 @@ def test_who_is_told_of_it(world: MemoryWorld) -> None:
     """
     one, other, earlier = world.open(1), world.open(2), world.open(2)
     world.pairing.processes[earlier.process].build = "another"
-    for peer, allowed, direct in (
-        (other, True, True),
-        (earlier, True, False),
-        (other, False, False),
+    for peer, allowed, word in (
+        (other, True, "unused"),
+        (earlier, True, "library"),
+        (other, False, ""),
     ):
         world.allow(allowed)
-        for queue_pair in world.pair(one, peer):
+        pair = world.pair(one, peer)
+        for queue_pair in pair:
             assert queue_pair.grant is not None
-            assert queue_pair.grant.number == direct
+            assert queue_pair.grant.number == (word == "unused")
+        assert listed(world, pair[0].qpn) == word
+
+
+def listed(world: MemoryWorld, qpn: int) -> str:
+    """What the list of queue pairs says of one's direct memory."""
+    *_, found = verbs_listing.objects(world.pairing, world.now, 1)
+    assert found is not None
+    (word,) = (each.direct for each in found.queue_pairs if each.qpn == qpn)
+    return word
+
+
+def test_what_is_listed(world: MemoryWorld) -> None:
+    """The list says by which queue pairs memory of the peer was mapped, and how much there is."""
+    one, other = world.open(1), world.open(2)
+    first, second = world.pair(one, other)
+    world.reach(one, first.qpn, world.made(other))
+    world.made(other, 4096)
+    assert listed(world, first.qpn) == "used"
+    assert not world.pairing.verbs.queue_pairs[2, second.qpn].reached
+    counts = verbs_listing.counts(world.pairing.verbs, world.pairing.direct_memory)
+    assert (counts.direct_files, counts.direct_bytes) == (2, PAGES + 4096)
 
 
 def test_limits() -> None:

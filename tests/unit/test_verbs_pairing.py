@@ -716,5 +716,5 @@ def test_a_process_that_lies(world: VerbsWorld) -> None:
     counts.operations = counts.bytes = (1 << 63) - 2
     a.status(one, 0, 0)
     a.status(one, most, most)
-    msgspec.msgpack.encode(verbs_listing.counts(world.pairing.verbs))
+    msgspec.msgpack.encode(verbs_listing.counts(world.pairing.verbs, world.pairing.direct_memory))
     assert counts.bytes == (1 << 63) - 1
