@@ -149,7 +149,7 @@ struct turn {
         bool waits;     /* requests are open */
         bool no_bell;   /* some queue pair can't be armed */
         bool unasked;   /* the router does not know of some */
-        bool unsettled; /* some memory is still a file's that should not be */
+        bool unsettled; /* some extents can't be settled for now */
         int visit;      /* ms until the next visit() is due; -1: not for its own sake */
         /* Of what they have done: */
         bool tells;       /* the router is to hear of it */

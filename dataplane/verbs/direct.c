@@ -29,6 +29,17 @@ static bool has_none(const struct queue_direct *direct, uint32_t key)
         return false;
 }
 
+/* The other side may have it later: ask again, but ever more seldom. */
+static void note_later(struct queue_direct *direct)
+{
+        enum { PAUSE = 4, PAUSE_MOST = 1024 };
+
+        direct->pause = direct->pause ? direct->pause * 2 : PAUSE;
+        if (direct->pause > PAUSE_MOST)
+                direct->pause = PAUSE_MOST;
+        direct->left = direct->pause;
+}
+
 static void note_none(struct queue_direct *direct, uint32_t key)
 {
         direct->without[direct->next_without++ % (sizeof direct->without / sizeof *direct->without)] = key;
@@ -91,7 +102,9 @@ static const struct segment *find(struct queue_pair *queue, const struct send_wo
         uint64_t offset;
 
         if (!segment) {
-                if (!direct->asked && !direct->wanted && work->rkey && !has_none(direct, work->rkey))
+                if (direct->left)
+                        direct->left--;
+                else if (!direct->asked && !direct->wanted && work->rkey && !has_none(direct, work->rkey))
                         direct->lacking = work->rkey;
                 return NULL;
         }
@@ -170,28 +183,30 @@ static struct record_direct describe(struct queue_pair *queue, uint32_t key)
 {
         const uint32_t remote = KEY_REMOTE_READ | KEY_REMOTE_WRITE | KEY_REMOTE_ATOMIC;
         const struct key_entry *entry =
-            is_allowed(queue, key) && queue_state(queue) != IBV_QPS_ERR
+            is_allowed(queue, key) && queue_paired(queue) == QUEUE_PAIRED && queue_state(queue) != IBV_QPS_ERR
                 ? key_hold_entry(&memory_keys, key, queue->domain, queue->plain.qp_base.qp_num)
                 : NULL;
         struct record_direct direct = {0};
-        struct extent *extent;
-        uintptr_t first, end;
+        enum extent_answer answer;
+        struct direct_pages pages;
+        struct extent_file file;
         uint32_t access;
 
         if (!entry)
                 return direct;
-        extent = entry->extent;
         access = entry->access & queue->attributes.qp_access_flags & remote;
-        /* While the key is held: deregistering waits. */
-        if (extent && may_map(extent, access) && extent_allow(extent, key, &queue->known)) {
-                direct.access = access;
-                first = ((uintptr_t)entry->first + EXTENT_PAGE - 1) & ~(uintptr_t)(EXTENT_PAGE - 1);
-                end = ((uintptr_t)entry->first + entry->length) & ~(uintptr_t)(EXTENT_PAGE - 1);
-                direct.memory = extent->file.memory;
-                direct.token = extent->file.token;
-                direct.base = entry->base + (first - (uintptr_t)entry->first);
-                direct.length = end - first;
-                direct.offset = extent->pages.offset + (first - extent->pages.first);
+        if (entry->extent && may_map(entry->extent, access)) {
+                /* While the key is held: deregistering waits. */
+                answer = extent_allow(entry->extent, key, &queue->known, &file, &pages);
+                direct.later = answer == EXTENT_LATER;
+                if (answer == EXTENT_NOW)
+                        direct = (struct record_direct){.access = access,
+                                                        .memory = file.memory,
+                                                        .token = file.token,
+                                                        .base = entry->base +
+                                                                (pages.first - (uintptr_t)entry->first),
+                                                        .length = pages.length,
+                                                        .offset = pages.offset};
         }
         key_release(&memory_keys, key);
         return direct;
@@ -199,15 +214,13 @@ static struct record_direct describe(struct queue_pair *queue, uint32_t key)
 
 void direct_withdraw(struct queue_pair *queue)
 {
-        static const struct extent_set none;
         struct extent_set told;
 
         mutex_take(&queue->sending);
         told = queue->known;
-        queue->known = none;
+        queue->known = (struct extent_set){0};
         mutex_release(&queue->sending);
-        if (memcmp(&told, &none, sizeof told) != 0)
-                extents_withdraw(&told);
+        extents_withdraw(&told);
 }
 
 /* The other side has answered. */
@@ -227,8 +240,12 @@ static bool learn(struct queue_pair *queue, struct record_receiver *receiver)
                 direct_reacher->ask(queue, &direct->coming);
                 return true;
         }
-        if (!reached || !segment_add(&direct->segments, reached, key, &direct->coming))
+        if (!reached && direct->coming.later)
+                note_later(direct);
+        else if (!reached || !segment_add(&direct->segments, reached, key, &direct->coming))
                 note_none(direct, key);
+        else
+                direct->pause = 0;
         direct->asked = 0;
         direct->coming.memory = 0;
         return true;

@@ -10,9 +10,9 @@
 #include <poll.h>
 
 enum {
-        PATIENCE = 500, /* ms: for the router to make a file */
-        STEP = 1,       /* ms: another thread may take the answer */
-        PAUSE = 10,     /* s without asking, after a router that has not answered */
+        LONG = 500, /* ms: a router that has not answered by then is busy or stopped */
+        STEP = 1,   /* ms: another thread may take the answer */
+        PAUSE = 10, /* s without asking, after a router that has not answered */
 };
 
 /* --- our own */
@@ -57,11 +57,11 @@ static bool is_answered(void)
         return answered;
 }
 
-static void wait_for_answer(void)
+static void wait_for_answer(int patience)
 {
         const struct freeflow_services *here;
         const struct timespec step = {.tv_nsec = STEP * 1000000};
-        uint64_t end = monotonic() + UINT64_C(1000000) * PATIENCE;
+        uint64_t end = monotonic() + UINT64_C(1000000) * (uint64_t)patience;
 
         while (client_receive(), !is_answered() && monotonic() < end && (here = client_services())) {
                 struct pollfd source = {.fd = here->router_descriptor(), .events = POLLIN};
@@ -70,7 +70,7 @@ static void wait_for_answer(void)
         }
 }
 
-static bool make(size_t bytes, bool writable, struct extent_file *file)
+static bool make(size_t bytes, bool writable, int patience, struct extent_file *file)
 {
         static uint64_t not_before;
         bool made;
@@ -78,9 +78,9 @@ static bool make(size_t bytes, bool writable, struct extent_file *file)
         if (monotonic() < not_before)
                 return false;
         if (ask_for_one(bytes, writable))
-                wait_for_answer();
+                wait_for_answer(patience);
         mutex_take(&wanted.mutex);
-        if (!wanted.answered)
+        if (!wanted.answered && patience >= LONG)
                 not_before = monotonic() + UINT64_C(1000000000) * PAUSE;
         made = wanted.made;
         *file = wanted.file;

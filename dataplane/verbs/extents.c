@@ -1,5 +1,6 @@
 #include "extents.h"
 
+#include "monotonic.h"
 #include "mutex.h"
 #include "port.h"
 #include "standstill.h"
@@ -16,6 +17,10 @@ enum {
         CHILD_PATIENCE = 1,   /* s: for a child to make its copies */
         MOVE_PATIENCE = 100,  /* ms: for the mutex */
         FORK_PATIENCE = 3000, /* ms: whoever has it may wait for the router */
+        FILE_PATIENCE = 500,  /* ms: for the router, while a program registers */
+        RENEWAL_PATIENCE = 50,
+        RENEWAL_PAUSE = 1, /* s, doubled each time */
+        MOST_DOUBLINGS = 6,
 };
 
 const struct extent_maker *extent_maker;
@@ -32,9 +37,10 @@ static struct {
         _Atomic uintptr_t first, end;
 } places[MOST_EXTENTS];
 static _Atomic uint32_t highest;
-static _Atomic bool begun;     /* there may have been extents */
-static _Atomic uint32_t forks; /* under way, which do not have the mutex */
-static _Atomic bool unsettled; /* some extent has no user, and its pages could not be replaced */
+static _Atomic bool begun;                              /* there may have been extents */
+static _Atomic uint32_t forks;                          /* under way, which do not have the mutex */
+static _Atomic bool unsettled;                          /* there is something for extents_settle() to do */
+static _Atomic uint64_t to_withdraw[MOST_EXTENTS / 64]; /* as in struct extent_set */
 
 /* --- making and ending them */
 
@@ -56,12 +62,37 @@ static struct extent_header *map_header(int memfd)
         return (void *)made;
 }
 
+static void drop_file(const struct extent_maker *maker, const struct extent_file *file,
+                      struct extent_header *header)
+{
+        if (header)
+                sys_2(SYS_munmap, header, EXTENT_PAGE);
+        maker->end(file);
+}
+
 static void end(struct extent *extent)
 {
-        if (extent->header)
-                sys_2(SYS_munmap, extent->header, EXTENT_PAGE);
-        extent->maker->end(&extent->file);
+        drop_file(extent->maker, &extent->file, extent->header);
         free(extent);
+}
+
+/* Put the pages of a new file in its place, and say which: `made` has only these. False: it is as
+ * before. */
+static bool give_file(const struct extent *extent, int patience, struct extent *made)
+{
+        made->pages = extent->pages;
+        if (!extent->maker->make(EXTENT_PAGE + made->pages.length, extent->writable, patience, &made->file))
+                return false;
+        made->header = map_header(made->file.memfd);
+        made->pages.memfd = made->file.memfd;
+        made->pages.inode = inode_of(made->file.memfd);
+        if (!made->header || !pages_replace(&made->pages)) {
+                drop_file(extent->maker, &made->file, made->header);
+                return false;
+        }
+        if (!extent->writable)
+                extent->maker->protect(&made->file);
+        return true;
 }
 
 /* Under the mutex, as all that follows. There are no more of them than places. */
@@ -85,24 +116,13 @@ static struct extent *make(uintptr_t first, size_t length, bool writable)
         if (!extent)
                 return NULL;
         extent->maker = extent_maker;
-        if (!extent->maker->make(EXTENT_PAGE + length, writable, &extent->file)) {
+        extent->writable = writable;
+        extent->used = true;
+        extent->pages = (struct direct_pages){.first = first, .length = length, .offset = EXTENT_PAGE};
+        if (!give_file(extent, FILE_PATIENCE, extent)) {
                 free(extent);
                 return NULL;
         }
-        extent->writable = writable;
-        extent->used = true;
-        extent->header = map_header(extent->file.memfd);
-        extent->pages = (struct direct_pages){.first = first,
-                                              .length = length,
-                                              .memfd = extent->file.memfd,
-                                              .inode = inode_of(extent->file.memfd),
-                                              .offset = EXTENT_PAGE};
-        if (!extent->header || !pages_replace(&extent->pages)) {
-                end(extent);
-                return NULL;
-        }
-        if (!writable)
-                extent->maker->protect(&extent->file);
         show(extent);
         table.extents[table.count++] = extent;
         return extent;
@@ -165,99 +185,219 @@ struct extent *extent_take(uintptr_t address, size_t length, bool writable)
         return extent;
 }
 
-bool extent_allow(struct extent *extent, uint32_t key, struct extent_set *told)
+/* Somebody is to settle them. */
+static void leave_for_later(const struct extent_maker *maker)
 {
-        bool allowed;
-
-        mutex_take(&extent->telling);
-        allowed = !extent->withdrawn;
-        if (allowed) {
-                atomic_store(&extent->header->key, key);
-                told->bits[extent->place / 64] |= UINT64_C(1) << extent->place % 64;
-        }
-        mutex_release(&extent->telling);
-        return allowed;
+        atomic_store(&unsettled, true);
+        maker->unsettled();
 }
 
-/* Peers stop using it, and those that are writing have written. */
-static void stop_peers(struct extent *extent)
+/* Under `telling`: a peer asks for one that was withdrawn. */
+static enum extent_answer want(struct extent *extent)
 {
-        enum { PAUSE = 100000 /* ns */, PAUSES = EXTENT_PATIENCE * 1000000 / PAUSE };
+        if (extent->pages.length > MOST_RENEWED)
+                return EXTENT_NEVER;
+        if (!extent->wanted && monotonic() >= extent->not_before) {
+                extent->wanted = true;
+                leave_for_later(extent->maker);
+        }
+        return EXTENT_LATER;
+}
 
+enum extent_answer extent_allow(struct extent *extent, uint32_t key, struct extent_set *told,
+                                struct extent_file *file, struct direct_pages *pages)
+{
+        enum extent_answer answer = EXTENT_NOW;
+
+        mutex_take(&extent->telling);
+        if (extent->withdrawn) {
+                answer = want(extent);
+        } else {
+                atomic_store(&extent->header->key, key);
+                told->bits[extent->place / 64] |= UINT64_C(1) << extent->place % 64;
+                *file = extent->file;
+                *pages = extent->pages;
+        }
+        mutex_release(&extent->telling);
+        return answer;
+}
+
+/* Peers are to stop using it. */
+static void forbid(struct extent *extent)
+{
         mutex_take(&extent->telling);
         extent->withdrawn = true;
         atomic_store(&extent->header->key, 0);
         mutex_release(&extent->telling);
-        for (int i = 0; extent->writable && i < PAUSES && atomic_load(&extent->header->writers); i++)
-                sys_sleep(PAUSE);
 }
 
-/* What is left to be done is done later. */
-static void leave_for_later(const struct extent *extent)
+static uint64_t end_of_patience(void)
 {
-        atomic_store(&unsettled, true);
-        extent->maker->unsettled();
+        return monotonic() + UINT64_C(1000000) * EXTENT_PATIENCE;
+}
+
+/* Those that are writing have written, if they are honest. */
+static void await_writers(const struct extent *extent, uint64_t until)
+{
+        enum { PAUSE = 100000 /* ns */ };
+
+        while (extent->writable && atomic_load(&extent->header->writers) && monotonic() < until)
+                sys_sleep(PAUSE);
 }
 
 void extent_leave(struct extent *extent)
 {
         mutex_take(&table.mutex);
-        stop_peers(extent);
+        forbid(extent);
+        await_writers(extent, end_of_patience());
         extent->used = false;
         for (uint32_t i = 0; i < table.count; i++)
                 if (table.extents[i] == extent) {
                         if (!give_up(i))
-                                leave_for_later(extent);
+                                leave_for_later(extent->maker);
                         break;
                 }
         mutex_release(&table.mutex);
 }
 
-bool extents_settle(void)
-{
-        bool settled = true;
-
-        if (!atomic_load(&unsettled))
-                return true;
-        /* Whoever has it may wait for the router, which the caller listens to. */
-        if (!mutex_try(&table.mutex))
-                return false;
-        for (uint32_t i = 0; i < table.count; i++)
-                if (!table.extents[i]->used && give_up(i))
-                        i--;
-                else if (!table.extents[i]->used ||
-                         (table.extents[i]->withdrawn && !restore_pages(table.extents[i])))
-                        settled = false;
-        atomic_store(&unsettled, !settled);
-        mutex_release(&table.mutex);
-        return settled;
-}
-
-/* No peer uses it from now on, and, as far as that can be done, it is the program's own. */
-static void withdraw(struct extent *extent)
+/* No peer uses it from now on, and, as far as that can be done, it is the program's own. `until`:
+ * how long to wait for peers. */
+static void withdraw(struct extent *extent, uint64_t until)
 {
         enum { TRIES = 20 };
         int tries = 0;
 
         if (extent->restored)
                 return;
-        stop_peers(extent);
+        forbid(extent);
+        await_writers(extent, until);
         while (!restore_pages(extent) && ++tries < TRIES)
                 ;
         if (!extent->restored)
-                leave_for_later(extent);
+                leave_for_later(extent->maker);
+}
+
+static bool has(const struct extent_set *set, const struct extent *extent)
+{
+        return set->bits[extent->place / 64] >> extent->place % 64 & 1;
+}
+
+/* Those of the set, and of extents_withdraw_soon(). What is put there meanwhile is withdrawn, too:
+ * none is told of another file before the mutex is released. */
+static void withdraw_all(const struct extent_set *told)
+{
+        uint64_t until = end_of_patience(); /* for all of them: a peer may say that it writes to each */
+        struct extent_set all;
+
+        for (uint32_t i = 0; i < MOST_EXTENTS / 64; i++)
+                all.bits[i] = atomic_load(&to_withdraw[i]) | told->bits[i];
+        for (uint32_t i = 0; i < table.count; i++)
+                if (has(&all, table.extents[i]))
+                        forbid(table.extents[i]);
+        for (uint32_t i = 0; i < table.count; i++)
+                if (has(&all, table.extents[i]))
+                        withdraw(table.extents[i], until);
+        for (uint32_t i = 0; i < MOST_EXTENTS / 64; i++)
+                atomic_fetch_and(&to_withdraw[i], ~all.bits[i]);
 }
 
 void extents_withdraw(const struct extent_set *told)
 {
-        mutex_take(&table.mutex);
-        for (uint32_t i = 0; i < table.count; i++) {
-                uint32_t place = table.extents[i]->place;
+        uint64_t any = 0;
 
-                if (told->bits[place / 64] >> place % 64 & 1)
-                        withdraw(table.extents[i]);
-        }
+        for (uint32_t i = 0; i < MOST_EXTENTS / 64; i++)
+                any |= atomic_load(&to_withdraw[i]) | told->bits[i];
+        if (!any)
+                return;
+        mutex_take(&table.mutex);
+        withdraw_all(told);
         mutex_release(&table.mutex);
+}
+
+void extents_withdraw_soon(struct extent_set *told)
+{
+        const struct extent_maker *maker = extent_maker;
+        uint64_t any = 0;
+
+        for (uint32_t i = 0; i < MOST_EXTENTS / 64; i++)
+                if (told->bits[i]) {
+                        any |= told->bits[i];
+                        atomic_fetch_or(&to_withdraw[i], told->bits[i]);
+                        told->bits[i] = 0;
+                }
+        if (any && maker)
+                leave_for_later(maker);
+}
+
+/* Is another file to be made for one that was withdrawn? Not again before a while. */
+static bool is_wanted(struct extent *extent)
+{
+        uint32_t doublings = extent->renewals < MOST_DOUBLINGS ? extent->renewals : MOST_DOUBLINGS;
+        bool wanted;
+
+        mutex_take(&extent->telling);
+        wanted = extent->wanted && extent->withdrawn;
+        extent->wanted = false;
+        if (wanted) {
+                extent->not_before = monotonic() + (UINT64_C(1000000000) * RENEWAL_PAUSE << doublings);
+                extent->renewals = doublings + 1;
+        }
+        mutex_release(&extent->telling);
+        return wanted;
+}
+
+/* Its pages are private. Whoever waits for the router here may take mutexes under which others tell
+ * peers of extents: so not under `telling`. */
+static void renew(struct extent *extent)
+{
+        const struct extent before = {.file = extent->file, .header = extent->header};
+        struct extent made = {0};
+
+        if (!extent_maker || !give_file(extent, RENEWAL_PATIENCE, &made))
+                return;
+        mutex_take(&extent->telling);
+        extent->pages = made.pages;
+        extent->header = made.header;
+        extent->file = made.file;
+        extent->withdrawn = extent->restored = false;
+        mutex_release(&extent->telling);
+        drop_file(extent->maker, &before.file, before.header);
+}
+
+/* False: something is left to be done with one of them. */
+static bool settle_one(struct extent *extent)
+{
+        if (extent->withdrawn && !restore_pages(extent))
+                return false;
+        if (is_wanted(extent))
+                renew(extent);
+        return true;
+}
+
+bool extents_settle(void)
+{
+        static const struct extent_set none;
+        bool settled = true;
+
+        if (!atomic_exchange(&unsettled, false))
+                return true;
+        /* Whoever has it may wait for the router, which the caller listens to. */
+        if (!mutex_try(&table.mutex)) {
+                atomic_store(&unsettled, true);
+                return false;
+        }
+        withdraw_all(&none);
+        for (uint32_t i = 0; i < table.count; i++)
+                if (table.extents[i]->used)
+                        settled &= settle_one(table.extents[i]);
+                else if (give_up(i))
+                        i--;
+                else
+                        settled = false;
+        if (!settled)
+                atomic_store(&unsettled, true);
+        mutex_release(&table.mutex);
+        return settled;
 }
 
 void extents_end(void)
@@ -267,7 +407,7 @@ void extents_end(void)
                 return;
         mutex_take(&table.mutex);
         for (uint32_t i = 0; i < table.count; i++)
-                withdraw(table.extents[i]);
+                withdraw(table.extents[i], end_of_patience());
         mutex_release(&table.mutex);
 }
 
@@ -344,7 +484,7 @@ void extents_move(uintptr_t first, size_t length)
                 return;
         for (uint32_t i = 0; i < table.count; i++)
                 if (overlaps(table.extents[i], first, first + length))
-                        withdraw(table.extents[i]);
+                        withdraw(table.extents[i], end_of_patience());
         mutex_release(&table.mutex);
 }
 
@@ -364,7 +504,7 @@ static bool make_stack_private(struct extent *extent, uintptr_t stack)
 {
         if (stack - extent->pages.first >= extent->pages.length)
                 return false;
-        withdraw(extent);
+        withdraw(extent, end_of_patience());
         return extent->restored;
 }
 
@@ -420,6 +560,7 @@ void extents_forked(void)
         atomic_store(&forking.thread, 0);
         atomic_store(&highest, 0);
         memset(places, 0, sizeof places);
+        memset(to_withdraw, 0, sizeof to_withdraw);
         table.mutex = (struct mutex){0};
         forking.copied = NULL;
         extent_maker = NULL;

@@ -3,7 +3,8 @@
  * An extent is the whole pages inside a registered region. The router makes the file. Its first
  * page has a header, by which peers know whether they may use it. When the region is deregistered
  * its pages are private again, and nobody uses the file any more. So they are when a queue pair
- * ends whose other side was told of it: that one may be writing, or be about to.
+ * ends whose other side was told of it: that one may be writing, or be about to. The extent then
+ * has another file soon, for the other sides of other queue pairs, if one of them asks.
  *
  * Two regions never share an extent: who maps the file for one would reach the other's pages, and
  * keep them when its own region is gone. So a region that overlaps another one's extent has none.
@@ -23,6 +24,8 @@ enum {
         EXTENT_PAGE = 4096,
         EXTENT_PATIENCE = 50, /* ms: for copies of peers to end */
         MOST_EXTENTS = 1024,
+        /* Bytes: all threads stand still while so many are copied, for nothing that they do. */
+        MOST_RENEWED = 64 << 20,
 };
 
 /* Who writes there counts itself before it looks at the key, and until it has written. So whoever
@@ -50,7 +53,12 @@ struct extent {
         struct extent_file file;
         struct extent_header *header;
         struct mutex telling;
-        bool withdrawn; /* under `telling`: peers may not use it any more */
+        /* Under `telling`: */
+        bool withdrawn;      /* peers may not use it any more */
+        bool wanted;         /* some peer has asked: another file is to be made */
+        uint64_t not_before; /* ns: for yet another one */
+        uint32_t renewals;   /* so far, as long as the pause grows */
+
         bool writable;  /* by peers */
         bool used;      /* its region is registered */
         bool restored;  /* its pages are private again */
@@ -59,8 +67,8 @@ struct extent {
 
 /* Who makes files: pair.c, or a test. */
 struct extent_maker {
-        /* A file of so many bytes. False: there is none. May wait for a moment. */
-        bool (*make)(size_t bytes, bool writable, struct extent_file *file);
+        /* A file of so many bytes. False: there is none. May wait so many ms. */
+        bool (*make)(size_t bytes, bool writable, int patience, struct extent_file *file);
         /* The file is mapped, of which peers may only read. */
         void (*protect)(const struct extent_file *file);
         /* Nobody of this process needs it. Closes the descriptor. */
@@ -73,14 +81,19 @@ extern const struct extent_maker *extent_maker; /* NULL: there is no direct memo
 
 /* The extent for a region. NULL: there is none, and peers have to send records. */
 struct extent *extent_take(uintptr_t address, size_t length, bool writable);
+enum extent_answer { EXTENT_NEVER, EXTENT_LATER, EXTENT_NOW };
+
 /* Peers may use the region by its key from now on, and one of them is told: put it in the set.
- * False: it is not to be used any more. */
-bool extent_allow(struct extent *extent, uint32_t key, struct extent_set *told);
-/* No peer uses those of the set any more, nor ever again. */
+ * `file` and `pages`: what to tell. LATER: it is not to be used, but may be when it asks again. */
+enum extent_answer extent_allow(struct extent *extent, uint32_t key, struct extent_set *told,
+                                struct extent_file *file, struct direct_pages *pages);
+/* No peer uses the files of those of the set any more, nor of those of extents_withdraw_soon(). */
 void extents_withdraw(const struct extent_set *told);
+/* The same, soon; the set is empty afterwards. May be called under any mutex of others. */
+void extents_withdraw_soon(struct extent_set *told);
 /* The region is deregistered. */
 void extent_leave(struct extent *extent);
-/* Make private what could not be made so before. False: something is left. */
+/* Do what was left for later: withdraw, make private, make new files. False: something is left. */
 bool extents_settle(void);
 /* Make all of them private, as far as that can be done, and no more of them. */
 void extents_end(void);

@@ -340,9 +340,15 @@ bool queue_pair_down(struct queue_pair *queue)
         return alone;
 }
 
-static void lose(struct queue_pair *queue)
+void queue_be_lost(struct queue_pair *queue)
 {
         atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
+        extents_withdraw_soon(&queue->known);
+}
+
+static void lose(struct queue_pair *queue)
+{
+        queue_be_lost(queue);
         queue->died = true;
 }
 
@@ -372,6 +378,7 @@ void queue_enter_error(struct queue_pair *queue, const struct cq *polled)
         queue->plain.qp_base.state = IBV_QPS_ERR;
         queue->close_due = queue_paired(queue) == QUEUE_PAIRED;
         queue_publish(queue);
+        extents_withdraw_soon(&queue->known);
         queue_flush_sends(queue, polled);
         queue_flush_receives(queue, polled);
         if (queue->shared)

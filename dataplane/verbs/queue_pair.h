@@ -71,6 +71,7 @@ struct queue_direct {
         struct record_direct answer; /* to be told */
         uint32_t without[8];         /* keys without such memory */
         uint32_t next_without;
+        uint32_t pause, left; /* "later": how many requests by records until it asks again */
 };
 
 struct queue_pair {
@@ -263,6 +264,8 @@ void queue_flush_receives(struct queue_pair *queue, const struct cq *polled);
 
 /* Under `sending`: --- */
 
+/* The other side is gone: become LOST. */
+void queue_be_lost(struct queue_pair *queue);
 /* The oldest request is complete, and leaves the send queue. */
 void queue_complete_send(struct queue_pair *queue, enum ibv_wc_status status, const struct cq *polled);
 void queue_flush_sends(struct queue_pair *queue, const struct cq *polled);

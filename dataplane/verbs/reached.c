@@ -104,7 +104,7 @@ static bool fits(const struct reached *reached, const struct record_direct *dire
 {
         return direct->length && direct->base + direct->length >= direct->base &&
                direct->offset >= EXTENT_PAGE && direct->offset <= reached->size &&
-               direct->length <= reached->size - direct->offset && !direct->zero;
+               direct->length <= reached->size - direct->offset && !direct->later;
 }
 
 bool segment_add(struct segment **list, struct reached *reached, uint32_t key,

@@ -124,13 +124,13 @@ _Static_assert(sizeof(struct record) == 32, "headers are aligned in the ring, an
 
 /* The payload of DIRECT: what of a key's memory is in which file. */
 struct record_direct {
-        uint64_t memory; /* the router's number; 0: the key has none */
+        uint64_t memory; /* the router's number; 0: none of it is in a file */
         uint64_t token;  /* to be shown to the router */
         uint64_t base;   /* the key's address of the first byte */
         uint64_t length;
         uint64_t offset; /* in the file */
         uint32_t access; /* enum key_access */
-        uint32_t zero;
+        uint32_t later;  /* 1: some may be soon, when it is asked for again */
 };
 
 /* The sender's part of a ring, in private memory. */

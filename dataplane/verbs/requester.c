@@ -379,7 +379,7 @@ bool requester_answer(struct queue_pair *queue, struct record_receiver *receiver
         case RECORD_DIRECT:
                 return direct_take(queue, receiver);
         case RECORD_CLOSE:
-                atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
+                queue_be_lost(queue);
                 requester_complete(queue, polled);
                 return true;
         default:

@@ -311,12 +311,14 @@ static void check_guess(void)
 /* A queue pair that has ended, or allows less, can't be used any more by who has mapped memory. */
 static void check_ended(void)
 {
+        enum { CHANGES = 3, REFUSES = CHANGES, LEFT, WAYS };
+
         struct ibv_qp_attr changes[] = {{.qp_state = IBV_QPS_ERR},
                                         {.qp_state = IBV_QPS_RESET},
                                         {.qp_access_flags = IBV_ACCESS_REMOTE_READ}};
         const int masks[] = {IBV_QP_STATE, IBV_QP_STATE, IBV_QP_ACCESS_FLAGS};
 
-        for (int way = 0; way < 3; way++) {
+        for (int way = 0; way < WAYS; way++) {
                 volatile unsigned char *mapped;
 
                 start();
@@ -324,7 +326,15 @@ static void check_ended(void)
                 mapped = queue_of(ends[0].qp)->direct.segments->first;
                 memory[1][0] = 1;
                 CHECK(*mapped == 1);
-                CHECK(ibv_modify_qp(ends[1].qp, &changes[way], masks[way]) == 0);
+                if (way < CHANGES) {
+                        CHECK(ibv_modify_qp(ends[1].qp, &changes[way], masks[way]) == 0);
+                } else if (way == REFUSES) { /* it fails by itself */
+                        expect_refused(IBV_WR_RDMA_WRITE, SIZE - 32, 64);
+                        drop_events();
+                } else { /* the other side has left it */
+                        CHECK(ibv_modify_qp(ends[0].qp, &changes[0], masks[0]) == 0);
+                        poll_all();
+                }
                 while (!extents_settle())
                         ;
                 *mapped = 2;

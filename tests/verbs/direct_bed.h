@@ -31,11 +31,12 @@ static struct {
 } wished;
 
 /* A file's number says where it is: the process, and its descriptor. */
-static inline bool bed_make(size_t bytes, bool writable, struct extent_file *file)
+static inline bool bed_make(size_t bytes, bool writable, int patience, struct extent_file *file)
 {
         int memfd = memfd_create("extent", MFD_CLOEXEC | MFD_ALLOW_SEALING);
 
         (void)writable;
+        (void)patience;
         CHECK(memfd >= 0 && ftruncate(memfd, (off_t)bytes) == 0);
         CHECK(fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) == 0);
         file->memory = (uint64_t)getpid() << 32 | (uint32_t)memfd;

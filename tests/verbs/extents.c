@@ -20,9 +20,10 @@ enum { PAGE_BYTES = EXTENT_PAGE, PAGES = 32, BYTES = PAGES * PAGE_BYTES, THREADS
 
 static _Atomic uint32_t files, ended, protected;
 
-static bool make_file(size_t bytes, bool writable, struct extent_file *file)
+static bool make_file(size_t bytes, bool writable, int patience, struct extent_file *file)
 {
         (void)writable;
+        (void)patience;
         *file = (struct extent_file){.memory = ++files, .memfd = memfd_create("extent", MFD_CLOEXEC)};
         return file->memfd >= 0 && ftruncate(file->memfd, (off_t)bytes) == 0;
 }
@@ -74,6 +75,25 @@ static void settle(void)
                 CHECK(i < 20);
 }
 
+/* What a peer is told: */
+static struct extent_file new_file;
+static struct direct_pages new_pages;
+
+static bool allow(struct extent *extent, uint32_t key, struct extent_set *set)
+{
+        return extent_allow(extent, key, set, &new_file, &new_pages) == EXTENT_NOW;
+}
+
+static void await_renewal(struct extent *extent, struct extent_set *set)
+{
+        for (int i = 0; !allow(extent, 9, set); i++) {
+                CHECK(i < 20);
+                extent->not_before = 0;
+                settle();
+        }
+        CHECK(new_file.memory == extent->file.memory && new_pages.length == extent->pages.length);
+}
+
 /* --- rules */
 
 static void check_regions(void)
@@ -88,7 +108,7 @@ static void check_regions(void)
         CHECK(peer != MAP_FAILED);
         own[PAGE_BYTES] = 5;
         CHECK(peer[PAGE_BYTES] == 5);
-        CHECK(extent_allow(extent, 77, &told));
+        CHECK(allow(extent, 77, &told));
         CHECK(*(uint64_t *)(void *)peer == 77);
         /* None for a region that overlaps it, or has no whole page. */
         CHECK(!extent_take((uintptr_t)own, BYTES, true));
@@ -183,7 +203,7 @@ static void check_withdrawn(void)
         struct extent_set mine = {0};
         pthread_t thread;
 
-        CHECK(extent && second && extent_allow(extent, 9, &mine) && extent_allow(second, 8, &told));
+        CHECK(extent && second && allow(extent, 9, &mine) && allow(second, 8, &told));
         peer = mmap(NULL, EXTENT_PAGE + BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, extent->file.memfd, 0);
         CHECK(peer != MAP_FAILED);
         late = peer + EXTENT_PAGE;
@@ -192,7 +212,7 @@ static void check_withdrawn(void)
         extents_withdraw(&mine);
         settle();
         CHECK(pthread_join(thread, NULL) == 0);
-        CHECK(own[0] == 5 && !extent->header->key && !extent_allow(extent, 9, &mine));
+        CHECK(own[0] == 5 && !extent->header->key);
         *late = 6;
         CHECK(own[0] == 5);
         CHECK(pages_are_there(&second->pages) && second->header->key == 8);
@@ -205,6 +225,54 @@ static void check_withdrawn(void)
         CHECK(munmap(own, BYTES) == 0 && munmap(other, BYTES) == 0);
 }
 
+/* When one peer's queue pair has ended there is another file for the others, if one of them asks,
+ * but not again at once. What is to be withdrawn soon is, by whoever settles extents. */
+static void check_renewed(void)
+{
+        unsigned char *own = map(BYTES);
+        struct extent *extent = take(own, BYTES, true);
+        struct extent_set mine = {0}, others = {0};
+        unsigned int before;
+        uint64_t first;
+
+        CHECK(extent && allow(extent, 9, &mine));
+        first = extent->file.memory;
+        own[BYTES - 1] = 4;
+        extents_withdraw(&mine);
+        settle();
+        /* Nobody has asked. */
+        CHECK(extent->withdrawn && extent->file.memory == first);
+        await_renewal(extent, &others);
+        CHECK(extent->file.memory != first && extent->header->key == 9 && pages_are_there(&extent->pages));
+        CHECK(own[BYTES - 1] == 4);
+        before = files;
+        extents_withdraw_soon(&others);
+        CHECK(!others.bits[0] && extent->header->key == 9);
+        settle();
+        CHECK(extent->withdrawn && extent->restored && !extent->header->key);
+        CHECK(extent_allow(extent, 9, &mine, &new_file, &new_pages) == EXTENT_LATER);
+        settle();
+        CHECK(extent->withdrawn && files == before);
+        extent->not_before = 0;
+        await_renewal(extent, &others);
+        /* Whoever ends a queue pair waits for those that failed before. */
+        extents_withdraw_soon(&others);
+        extents_withdraw(&others);
+        CHECK(extent->withdrawn);
+        extent_leave(extent);
+        settle();
+        CHECK(own[BYTES - 1] == 4 && !table.count && munmap(own, BYTES) == 0);
+        /* Copying much would stop the program for too long. */
+        own = map(MOST_RENEWED + PAGE_BYTES);
+        extent = take(own, MOST_RENEWED + PAGE_BYTES, true);
+        CHECK(extent && allow(extent, 9, &mine));
+        extents_withdraw(&mine);
+        CHECK(extent_allow(extent, 9, &mine, &new_file, &new_pages) == EXTENT_NEVER);
+        extent_leave(extent);
+        settle();
+        CHECK(munmap(own, MOST_RENEWED + PAGE_BYTES) == 0);
+}
+
 /* What the program moves is its own again. */
 static void check_moved(void)
 {
@@ -215,7 +283,7 @@ static void check_moved(void)
         peer = mmap(NULL, BYTES, PROT_READ, MAP_SHARED, extent->file.memfd, PAGE_BYTES);
         CHECK(peer != MAP_FAILED);
         own[5] = 1;
-        CHECK(extent_allow(extent, 9, &told));
+        CHECK(allow(extent, 9, &told));
         extents_move((uintptr_t)own + PAGE_BYTES, PAGE_BYTES);
         there = mremap(own, BYTES, 2 * BYTES, MREMAP_MAYMOVE);
         CHECK(there != MAP_FAILED && there[5] == 1 && !extent->header->key);
@@ -369,6 +437,7 @@ int main(int count, char **arguments)
                 check_unmapped();
                 check_advice();
                 check_withdrawn();
+                check_renewed();
                 check_moved();
                 check_fork();
                 check_stack();

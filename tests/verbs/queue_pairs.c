@@ -27,10 +27,10 @@ static void ask(struct queue_pair *queue)
         }
         asking[1] = queue;
         rings = new_rings(remote);
-        queue_pair_up(asking[0], rings.views[0], rings.views[1], &nowhere, false);
+        queue_pair_up(asking[0], rings.views[0], rings.views[1], &nowhere, direct_reacher != NULL);
         /* Relays accept nothing before the other side is ready. */
         CHECK(!remote || !atomic_load(&rings.views[0].ring->tail));
-        queue_pair_up(asking[1], rings.views[1], rings.views[0], &nowhere, false);
+        queue_pair_up(asking[1], rings.views[1], rings.views[0], &nowhere, direct_reacher != NULL);
         asking[0] = asking[1] = NULL;
 }
 
@@ -732,7 +732,8 @@ static void check_down(void)
                 } else {
                         become_ready(ends[0].qp, usual_attributes(77));
                         rings = new_rings(remote);
-                        CHECK(queue_pair_up(asking[0], rings.views[0], rings.views[1], &nowhere, false));
+                        CHECK(queue_pair_up(asking[0], rings.views[0], rings.views[1], &nowhere,
+                                            direct_reacher != NULL));
                         asking[0] = NULL;
                 }
                 CHECK(queue_pair_down(queue) == !used);

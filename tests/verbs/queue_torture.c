@@ -308,7 +308,7 @@ static struct extent_file hostile_file;
 static void make_hostile_file(void)
 {
         if (!hostile_file.memory)
-                CHECK(bed_make((size_t)4 * PAGE, true, &hostile_file));
+                CHECK(bed_make((size_t)4 * PAGE, true, 0, &hostile_file));
 }
 
 static void write_header(uint64_t key)
@@ -327,7 +327,7 @@ static void put_direct(struct record_sender *sender, uint32_t key, uint64_t *ran
                                        .length = any(random, UINT64_MAX),
                                        .offset = any(random, 2) ? PAGE : any(random, UINT64_MAX),
                                        .access = (uint32_t)any(random, 32),
-                                       .zero = any(random, 50) == 0};
+                                       .later = any(random, 50) == 0};
         struct record record = {
             .operation = RECORD_DIRECT, .rkey = key + (any(random, 50) == 0), .length = sizeof direct};
         struct iovec vec = {.iov_base = &direct, .iov_len = sizeof direct};

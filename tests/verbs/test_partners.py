@@ -243,11 +243,13 @@ def is_shared(partner: Partner, address: int) -> bool:
     raise AssertionError(f"{address:x} is not mapped")
 
 
-def warm_up(partners: Partners) -> None:
-    """Write until the first one needs nothing of the second one any more."""
+def warm_up(partners: Partners) -> list[int]:
+    """Connect them, and write until the first one needs nothing of the second one any more. Where
+    their memory is.
+    """
     first, second = partners.both
     assert first.process.stdout
-    partners.connect()
+    addresses = partners.connect()
     until = time.monotonic() + patience(10)
     while True:
         assert first.ask("write 10") == f"10 {SUCCESS}"
@@ -257,13 +259,29 @@ def warm_up(partners: Partners) -> None:
         second.process.send_signal(signal.SIGCONT)
         assert first.hear() == f"10 {SUCCESS}"
         if direct:
-            return
+            return addresses
         assert time.monotonic() < until
 
 
 def test_direct(direct_partners: Partners) -> None:
     """Direct memory needs nothing of the process that owns it."""
     warm_up(direct_partners)
+
+
+def test_another_client(direct_partners: Partners) -> None:
+    """When a client is killed, the server's memory is its own again, whatever the server does; and
+    the next client writes there directly.
+    """
+    for _ in range(2):
+        _, address = warm_up(direct_partners)
+        client, server = direct_partners.both
+        assert is_shared(server, address)
+        client.kill()
+        until = time.monotonic() + patience(10)
+        while is_shared(server, address):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        direct_partners.both = [direct_partners.start(), server]
 
 
 def test_children(direct_partners: Partners) -> None:
