@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -190,6 +190,26 @@ def _past(moment: float) -> bool:
     return time.monotonic() > moment
 
 
+def publish(
+    made: report.BenchReport,
+    files: Sequence[tuple[Path | None, Callable[[report.BenchReport], str]]],
+    say: Callable[[str], None],
+) -> None:
+    """Write a result into files, each in its form; what can't be drawn is said, and costs no other
+    file.
+    """
+    for path, form in files:
+        if path is None:
+            continue
+        try:
+            text = form(made)
+        except BenchError as error:
+            say(f"no {path}: {error}")
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
 def _stop(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
@@ -199,6 +219,12 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here too.")
 @click.option("--table", type=click.Path(path_type=Path), help="Write the table here too.")
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(path_type=Path),
+    help=f"Draw the ratios to {OVERLAY}, with their spread, here as SVG.",
+)
 @click.option(
     "--rounds",
     type=int,
@@ -234,6 +260,7 @@ def main(
     as_json: bool,
     out: Path | None,
     table: Path | None,
+    picture: Path | None,
     rounds: int | None,
     seconds: float | None,
     is_quick: bool,
@@ -279,10 +306,7 @@ def main(
         raise click.ClickException(str(error)) from error
     before["engines"] = sorted(set(engines))
     made = report.BenchReport(machine=before, results=results)
-    for path, text in ((out, report.as_json(made)), (table, report.as_table(made))):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+    publish(made, ((out, report.as_json), (table, report.as_table), (picture, plot.whole)), say)
     click.echo(report.as_json(made) if as_json else report.as_table(made), nl=False)
 
 

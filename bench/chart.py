@@ -1,140 +1,53 @@
-"""Bar charts: of two subjects, in a terminal and as SVG; of ratios with their spread, as SVG.
+"""Charts as SVG, by matplotlib: of two subjects, and of ratios with their spread.
 
 A chart of two subjects scales each row by itself: the longer bar has the full width. A chart of
 ratios has one logarithmic axis for all rows, since ratios of 0.9 and of 100 are in one picture.
+
+The same figures make the same bytes: nothing depends on the time, the machine or its fonts. Text
+stays text, so that it can be searched and read aloud.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Final
+from typing import Any, Final
 
-from bench.report import number, times
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-WIDTH: Final = 48
-"""Characters of a full bar in a terminal."""
-_EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
-_FULL: Final = 460
-"""Pixels of a full bar in the SVG."""
-_LEFT: Final = 300
-_ROW: Final = 62
-_BAR: Final = 18
-_TOP: Final = 96
-_FONT: Final = "font-family='Helvetica, Arial, sans-serif'"
+from bench.bars import Bar
+from bench.report import times
+
+_STYLE: Final[Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "freeflow",
+    "font.family": ["sans-serif"],
+    # The first one comes with matplotlib; the others are for readers that lack it.
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial"],
+}
+_POINTS: Final = 72
+"""One inch; a picture's lengths here are points, which SVG shows as pixels."""
 _BETTER: Final = "#0b7a75"
 _WORSE: Final = "#b8bfc6"
-_RATIO_ROW: Final = 44
-_RATIO_LEFT: Final = 440
-_RATIO_FULL: Final = 500
-_NOTE: Final = 76
+_DARK: Final = "#222222"
+_GREY: Final = "#666666"
+_WIDTH: Final = 1050
+_LEFT: Final = 430
+_RIGHT: Final = 110
+"""Beside the axes: the names of rows, and their ratios."""
+_TOP: Final = 118
+_BOTTOM: Final = 20
+_ROW: Final = 44
+_THICK: Final = 0.42
+"""A bar's part of its row."""
+_NOTE: Final = 74
 """Characters of a note that fit beside the bars."""
 _TICKS: Final = (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """A row: the figures of both subjects; `theirs` is None if the load does not work there."""
-
-    what: str
-    note: str
-    unit: str
-    ours: float
-    theirs: float | None
-
-    @property
-    def ratio(self) -> float | None:
-        return self.ours / self.theirs if self.theirs else None
-
-    def shares(self) -> tuple[float, float]:
-        """Lengths of both bars; the longer one is 1."""
-        longest = max(self.ours, self.theirs or 0.0)
-        return (self.ours / longest, (self.theirs or 0.0) / longest) if longest else (0.0, 0.0)
-
-
-def bar(share: float, width: int = WIDTH) -> str:
-    """A bar in eighths of a character; never empty if `share` is more than 0."""
-    eighths = round(share * width * 8)
-    if share > 0:
-        eighths = max(eighths, 1)
-    return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
-
-
-def in_terminal(bars: Sequence[Bar], ours: str, theirs: str) -> str:
-    label = max(len(ours), len(theirs))
-    lines = []
-    for one in bars:
-        mine, other = one.shares()
-        figure = "no answer" if one.theirs is None else f"{number(one.theirs)} {one.unit}"
-        ratio = "" if one.ratio is None else f", {times(one.ratio)}"
-        lines += [
-            f"{one.what}, {one.note}",
-            f"  {ours:<{label}} {bar(mine)} {number(one.ours)} {one.unit}{ratio}",
-            f"  {theirs:<{label}} {bar(other)}{' ' if other else ''}{figure}",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _text(x: float, y: float, size: int, words: str, more: str = "") -> str:
-    return f"<text x='{x:g}' y='{y:g}' font-size='{size}' {more}>{escape(words)}</text>"
-
-
-def _row(one: Bar, top: int, colours: tuple[str, str]) -> list[str]:
-    mine, other = one.shares()
-    figure = "no answer" if one.theirs is None else f"{number(one.theirs)} {one.unit}"
-    said = (f"{number(one.ours)} {one.unit}", figure)
-    lines = [
-        _text(
-            _LEFT - 14, top + 17, 14, one.what, "text-anchor='end' font-weight='bold' fill='#222'"
-        ),
-        _text(_LEFT - 14, top + 36, 12, one.note, "text-anchor='end' fill='#666'"),
-    ]
-    for place, (share, words, colour) in enumerate(zip((mine, other), said, colours, strict=True)):
-        y = top + place * (_BAR + 3)
-        length = max(share * _FULL, 1)
-        lines.append(
-            f"<rect x='{_LEFT}' y='{y}' width='{length:.1f}' height='{_BAR}' rx='2' fill='{colour}'/>"
-        )
-        lines.append(_text(_LEFT + length + 7, y + 14, 12, words, "fill='#333'"))
-    if one.ratio is not None:
-        x = _LEFT + _FULL + 220
-        lines.append(
-            _text(x, top + 27, 20, times(one.ratio), "text-anchor='end' font-weight='bold'")
-        )
-    return lines
-
-
-def _picture(width: int, height: int, title: str, about: str, body: Sequence[str]) -> str:
-    """A picture by itself: no script, no font, no other file."""
-    lines = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' viewBox='0 0 {width} {height}' {_FONT}>",
-        f"<rect width='{width}' height='{height}' fill='white'/>",
-        _text(24, 36, 20, title, "font-weight='bold' fill='#111'"),
-        _text(24, 58, 12, about, "fill='#666'"),
-        *body,
-        "</svg>",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def as_svg(
-    bars: Sequence[Bar], title: str, about: str, ours: str, theirs: str, width: int = 1010
-) -> str:
-    """Both subjects of each row, with the ratio at the right."""
-    colours = (_BETTER, _WORSE)
-    height = _TOP + len(bars) * _ROW + 14
-    lines = []
-    for place, (name, colour) in enumerate(zip((ours, theirs), colours, strict=True)):
-        x = _LEFT + place * 130
-        lines.append(
-            f"<rect x='{x}' y='{_TOP - 26}' width='12' height='12' rx='2' fill='{colour}'/>"
-        )
-        lines.append(_text(x + 18, _TOP - 15, 13, name, "fill='#333'"))
-    for place, one in enumerate(bars):
-        lines += _row(one, _TOP + place * _ROW, colours)
-    return _picture(width, height, title, about, lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,62 +61,113 @@ class Ratio:
     high: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """A logarithmic axis from `low` to `high`, both more than 0, that has 1 on it."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, ratios: Sequence[Ratio]) -> _Axis:
-        values = [value for ratio in ratios for value in (ratio.value, ratio.low, ratio.high)]
-        low = min([0.5, *(value for value in values if value > 0)])
-        return cls(low / 1.1, max([2.0, *values]) * 1.1)
-
-    def x(self, value: float) -> float:
-        """Pixels from the left edge of the picture."""
-        share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
-        return _RATIO_LEFT + share * _RATIO_FULL
-
-    def ticks(self) -> list[float]:
-        return [tick for tick in _TICKS if self.low <= tick <= self.high]
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """Matplotlib's own defaults, not a user's, and ours."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        yield
 
 
-def _ratio_row(ratio: Ratio, axis: _Axis, top: int) -> list[str]:
-    one, end = axis.x(1), axis.x(ratio.value)
-    middle = top + _BAR / 2
-    low, high = axis.x(ratio.low), axis.x(ratio.high)
-    right = "text-anchor='end'"
-    label = _RATIO_LEFT - 14
-    note = ratio.note if len(ratio.note) <= _NOTE else ratio.note[: _NOTE - 1] + "…"
-    lines = [
-        _text(label, top + 11, 13, ratio.what, f"{right} font-weight='bold' fill='#222'"),
-        _text(label, top + 26, 10, note, f"{right} fill='#666'"),
-        f"<rect x='{min(one, end):.1f}' y='{top}' width='{max(abs(end - one), 1):.1f}' height='{_BAR}' "
-        f"fill='{_BETTER if ratio.value >= 1 else _WORSE}'/>",
-        f"<line x1='{low:.1f}' y1='{middle:g}' x2='{high:.1f}' y2='{middle:g}' stroke='#222'/>",
-    ]
-    lines += [
-        f"<line x1='{x:.1f}' y1='{middle - 5:g}' x2='{x:.1f}' y2='{middle + 5:g}' stroke='#222'/>"
-        for x in (low, high)
-    ]
-    x = _RATIO_LEFT + _RATIO_FULL + 80
-    return [*lines, _text(x, top + 14, 15, times(ratio.value), f"{right} font-weight='bold'")]
+def _paper(rows: int, title: str, about: str) -> tuple[Figure, Axes]:
+    """A picture with a title, and axes with a place for so many rows, the first one at the top."""
+    height = _TOP + rows * _ROW + _BOTTOM
+    figure = Figure(figsize=(_WIDTH / _POINTS, height / _POINTS), dpi=_POINTS)
+    figure.text(20 / _WIDTH, 1 - 30 / height, title, fontsize=17, weight="bold", color=_DARK)
+    for number, line in enumerate(about.split("\n")):
+        y = 1 - (50 + 15 * number) / height
+        figure.text(20 / _WIDTH, y, line, fontsize=11, color=_GREY)
+    wide = (_WIDTH - _LEFT - _RIGHT) / _WIDTH
+    axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / height, wide, rows * _ROW / height))
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.yaxis.set_major_locator(NullLocator())
+    axes.xaxis.tick_top()
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return figure, axes
+
+
+def _label(axes: Axes, row: int, what: str, note: str, ratio: str) -> None:
+    """The texts at both sides of a row."""
+    short = note if len(note) <= _NOTE else f"{note[: _NOTE - 1]}…"
+    side = axes.get_yaxis_transform()
+    wide = _WIDTH - _LEFT - _RIGHT
+    left, right = -12 / wide, 1 + (_RIGHT - 20) / wide
+    for x, y, text, style in (
+        (left, row - 0.05, what, {"fontsize": 12, "weight": "bold", "color": _DARK}),
+        (left, row + 0.27, short, {"fontsize": 9, "color": _GREY}),
+        (right, row + 0.1, ratio, {"fontsize": 14, "weight": "bold", "color": _DARK}),
+    ):
+        axes.text(x, y, text, transform=side, ha="right", **style)  # type: ignore[arg-type]
+
+
+def _svg(figure: Figure, title: str) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
+    return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
+
+
+def as_svg(bars: Sequence[Bar], title: str, about: str, ours: str, theirs: str) -> str:
+    """Both subjects of each row, with the ratio at the right."""
+    with _style():
+        figure, axes = _paper(len(bars), title, about)
+        # Figures stand behind the bars, inside the axes.
+        axes.set_xlim(0, 1.4)
+        axes.xaxis.set_major_locator(NullLocator())
+        for place, (name, colour) in enumerate(((ours, _BETTER), (theirs, _WORSE))):
+            lengths = [one.shares()[place] for one in bars]
+            at = [row + (place - 0.5) * 0.4 for row in range(len(bars))]
+            axes.barh(at, lengths, height=0.36, color=colour, label=name)
+            for y, length, one in zip(at, lengths, bars, strict=True):
+                axes.text(length + 0.015, y + 0.09, one.figures()[place], fontsize=10, color=_DARK)
+        for row, one in enumerate(bars):
+            _label(axes, row, one.what, one.note, "" if one.ratio is None else times(one.ratio))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=11)
+        return _svg(figure, title)
+
+
+def _limits(ratios: Sequence[Ratio]) -> tuple[float, float]:
+    """The ends of a logarithmic axis that has 1, and all values, on it."""
+    values = [value for ratio in ratios for value in (ratio.value, ratio.low, ratio.high)]
+    return min([0.5, *(value for value in values if value > 0)]) / 1.1, max([2.0, *values]) * 1.1
 
 
 def ratios_as_svg(ratios: Sequence[Ratio], title: str, about: str) -> str:
     """A bar from 1 to each ratio, with its spread as a whisker and its value at the right."""
-    axis = _Axis.of(ratios)
-    bottom = _TOP + len(ratios) * _RATIO_ROW
-    lines = []
-    for tick in axis.ticks():
-        x = axis.x(tick)
-        colour = "#222" if tick == 1 else "#ddd"
-        lines.append(
-            f"<line x1='{x:.1f}' y1='{_TOP - 12}' x2='{x:.1f}' y2='{bottom}' stroke='{colour}'/>"
+    low, high = _limits(ratios)
+    with _style():
+        figure, axes = _paper(len(ratios), title, about)
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        axes.xaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if low <= tick <= high]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.tick_params(axis="x", length=0, labelsize=10, labelcolor=_GREY)
+        axes.grid(axis="x", color="#dddddd", zorder=0)
+        axes.axvline(1, color=_DARK, linewidth=1, zorder=1)
+        rows = range(len(ratios))
+        axes.barh(
+            rows,
+            [ratio.value - 1 for ratio in ratios],
+            left=1,
+            height=_THICK,
+            color=[_BETTER if ratio.value >= 1 else _WORSE for ratio in ratios],
+            zorder=2,
         )
-        lines.append(_text(x, _TOP - 17, 11, f"{tick:g}", "text-anchor='middle' fill='#666'"))
-    for place, ratio in enumerate(ratios):
-        lines += _ratio_row(ratio, axis, _TOP + place * _RATIO_ROW)
-    return _picture(_RATIO_LEFT + _RATIO_FULL + 110, bottom + 14, title, about, lines)
+        axes.errorbar(
+            [ratio.value for ratio in ratios],
+            rows,
+            xerr=[
+                [ratio.value - max(ratio.low, low) for ratio in ratios],
+                [ratio.high - ratio.value for ratio in ratios],
+            ],
+            fmt="none",
+            ecolor=_DARK,
+            elinewidth=1,
+            capsize=4,
+            zorder=3,
+        )
+        for row, ratio in enumerate(ratios):
+            _label(axes, row, ratio.what, ratio.note, times(ratio.value))
+        return _svg(figure, title)

@@ -24,7 +24,8 @@ from types import FrameType
 from typing import Final
 
 from bench import swarm_hosts
-from bench.chart import as_svg, in_terminal
+from bench.bars import in_terminal
+from bench.chart import as_svg
 from bench.demo_speed import (
     ECHO,
     LIBRARY,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from bench import cost, parse
-from bench.chart import Bar
+from bench.bars import Bar
 from bench.errors import BenchError, ProgramError
 from bench.namespaces import CONGESTION_CONTROL, TOOLS, ProcessNamespaces, run
 from bench.report import columns, number, times

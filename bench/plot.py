@@ -1,7 +1,7 @@
 """`python -m bench plot RESULT.json CHART.svg`: draws a chart of the ratios in a stored result.
 
-The result is what a suite writes with `--out`. Each bar is a ratio of medians; its whisker is an
-interquartile range, from the spreads of both subjects.
+The result is what a suite writes with `--out`; `--plot` draws the same chart at once. Each bar is a
+ratio of medians; its whisker is an interquartile range, from the spreads of both subjects.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def about(report: BenchReport) -> str:
     )
 
 
-WHISKERS: Final = "; medians, whiskers: interquartile range"
+WHISKERS: Final = "\nmedians; whiskers: interquartile range"
 
 
 def chart(report: BenchReport, patterns: tuple[str, ...], base: str, title: str) -> str:
@@ -98,6 +98,11 @@ def chart(report: BenchReport, patterns: tuple[str, ...], base: str, title: str)
     made = ratios(report, pick(patterns, list(report["results"])), base)
     named = title or f"FreeFlow compared with {base} (1 = equal)"
     return ratios_as_svg(made, named, about(report) + WHISKERS)
+
+
+def whole(report: BenchReport) -> str:
+    """The chart of all cases, compared with Docker's `overlay`. Raises BenchError as `chart`."""
+    return chart(report, ("*",), OVERLAY, "")
 
 
 @click.command(help=__doc__)

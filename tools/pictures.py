@@ -129,7 +129,7 @@ def draw_chart(reports: Mapping[str, BenchReport]) -> str:
         two = name == CROSS_HOST
         bars += plot.ratios(report, cases, OVERLAY, ", two hosts" if two else "")
         machines.append(("two hosts: " if two else "") + plot.about(report))
-    return ratios_as_svg(bars, TITLE, "; ".join(machines) + plot.WHISKERS)
+    return ratios_as_svg(bars, TITLE, "\n".join(machines) + plot.WHISKERS)
 
 
 def _ratio(value: object) -> str:

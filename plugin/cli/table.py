@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from plugin.cli.terminal import shown
+
+_EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], indent: str = "  ") -> str:
@@ -28,3 +31,26 @@ def amount(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1024
     return f"{number:.1f} TiB"
+
+
+def draws(encoding: str | None) -> bool:
+    """Whether a terminal with this encoding has the characters of bars."""
+    try:
+        _EIGHTHS.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def bar(part: float, width: int, *, plain: bool = False) -> str:
+    """A bar of this part of `width` characters; never empty if `part` is more than 0.
+
+    It ends with an eighth of a character, or with `plain` consists of whole ones in ASCII.
+    """
+    steps = 1 if plain else len(_EIGHTHS) - 1
+    length = round(min(max(part, 0.0), 1.0) * width * steps)
+    if part > 0:
+        length = max(length, 1)
+    if plain:
+        return "#" * length
+    return "█" * (length // steps) + (_EIGHTHS[length % steps] if length % steps else "")

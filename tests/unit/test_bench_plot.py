@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from bench import plot
+from bench.__main__ import publish
 from bench.errors import BenchError
+from bench.report import as_json
 from bench.stats import OVERLAY, Case, Row, row
 
+TOP = Path(__file__).parents[2]
 MACHINE: dict[str, Any] = {
     "cores": 2,
     "cpu": "A <fast> CPU",
@@ -66,6 +72,37 @@ def test_a_stored_result_becomes_a_picture(tmp_path: Path) -> None:
     for part in ("redis", "4.00x", "A <fast> CPU", "2026-11-29"):
         assert part in text
     assert "nginx" not in text
+
+
+def test_a_picture_depends_on_its_figures_alone(tmp_path: Path) -> None:
+    """Another process, day, language and user's style make the same bytes."""
+    source = _stored(tmp_path, redis=_row([39.0, 40.0, 42.0], [10.0, 10.5]), web=_row([9.0], [10]))
+    (tmp_path / "matplotlibrc").write_text("axes.facecolor: red\nsvg.fonttype: path\n")
+    picture = tmp_path / "chart.svg"
+    style = {"MATPLOTLIBRC": str(tmp_path), "TZ": "Asia/Tokyo", "SOURCE_DATE_EPOCH": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "bench", "plot", str(source), str(picture)],
+        check=True,
+        cwd=TOP,
+        env={**os.environ, "PYTHONHASHSEED": "7", **style},
+    )
+    assert picture.read_text() == plot.whole(plot.load(source))
+
+
+def test_a_suite_draws_its_result(tmp_path: Path) -> None:
+    """`--plot` draws the ratios to `overlay`; a result without any keeps its other files."""
+    said: list[str] = []
+    made = plot.load(_stored(tmp_path, redis=_row([40.0], [10.0])))
+    chart, copy = tmp_path / "new/chart.svg", tmp_path / "new/result.json"
+    publish(made, ((None, as_json), (chart, plot.whole), (copy, as_json)), said.append)
+    assert "4.00x" in chart.read_text()
+    alone = plot.load(_stored(tmp_path, redis=_row([40.0], [])))
+    other = tmp_path / "other.svg"
+    publish(alone, ((other, plot.whole), (copy, as_json)), said.append)
+    assert not other.exists()
+    assert plot.load(copy)["results"] == alone["results"]
+    (why,) = said
+    assert "other.svg: no case has figures of both" in why
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}"])
