@@ -19,7 +19,6 @@ from tools import commit_subjects, files, pictures, prose
 
 TOP: Final = Path(__file__).parents[2]
 TEXTS: Final = {path: path.read_text() for path in prose.documents()}
-RESULTS: Final = json.loads((TOP / "docs/data/same-host.json").read_text())["results"]
 README: Final = TEXTS[TOP / "README.md"]
 SUFFIXES: Final = r"py|c|h|sh|md|svg|dot|json|toml|yml|txt"
 RETIRED: Final = (
@@ -129,23 +128,6 @@ def test_too_few_rounds_are_not_published(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(pictures, "DOCS", tmp_path)
     with pytest.raises(BenchError, match="too few rounds of redis_p1_c50"):
         pictures.results()
-
-
-@pytest.mark.parametrize(
-    ("pattern", "case"),
-    [
-        (r"redis with one client serves ([\d.]+) times", "redis_p1_c1"),
-        (r"memcached with 50 connections serves ([\d.]+) times", "memcached_c50"),
-        (r"pgbench with one client runs ([\d.]+) times", "pgbench_select_c1"),
-        (r"nginx with 32 connections serves ([\d.]+) times", "nginx_keepalive"),
-    ],
-)
-def test_numbers_in_the_readme_are_measured(pattern: str, case: str) -> None:
-    """README's ratios are those of the stored result that its chart shows."""
-    said = re.search(pattern, " ".join(README.split()))
-    assert said is not None
-    decimals = len(said[1].partition(".")[2])
-    assert said[1] == f"{RESULTS[case]['ratio_to_overlay']:.{decimals}f}"
 
 
 def test_tables_in_the_readme_are_short() -> None:
