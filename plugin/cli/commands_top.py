@@ -9,6 +9,7 @@ import click
 
 from plugin.cli.client import Client
 from plugin.cli.command_parts import explained, json_option, say_value
+from plugin.cli.table import draws
 from plugin.cli.top import BY, SORTS, Top, TopView, head, show
 
 
@@ -60,4 +61,5 @@ def top(
     live.add(client.traffic())
     report = live.report()
     assert report is not None
-    say_value(report, f"{head(report)}\n{show(report)}", as_json)
+    plain = not draws(click.get_text_stream("stdout").encoding)
+    say_value(report, f"{head(report)}\n{show(report, plain=plain)}", as_json)

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from plugin.cli.table import amount, table
+from plugin.cli.table import amount, bar, table
 from plugin.cli.terminal import shown_all
 from plugin.rates import MeasuredConnection, MeasuredTraffic, Rates, measure
 from plugin.traffic_names import TrafficReport
@@ -235,19 +235,32 @@ def head(report: TopReport) -> str:
     )
 
 
-def show(report: TopReport) -> str:
-    """The rows as a table, with a line of headings; empty without rows."""
+def show(report: TopReport, *, plain: bool = False) -> str:
+    """The rows as a table, with a line of headings; empty without rows.
+
+    Groups have bars, in ASCII if `plain`.
+    """
     if report.by == BY[0]:
         heads = ("CONTAINER", "LOCAL", "REMOTE", "PEER", "PATH", *_HEADS, "RTT", "WHY")
         lines: Iterable[tuple[object, ...]] = (_connection_cells(row) for row in report.rows)
     else:
         relay = report.by == BY[1]
-        heads = (report.by.upper(), "ENDS", *_HEADS, *(("RELAY",) if relay else ()), "PATHS")
-        lines = (_group_cells(row, relay) for row in report.rows)
+        heads = (
+            *(report.by.upper(), "ENDS", *_HEADS),
+            *(("RELAY",) if relay else ()),
+            *(_OF_ALL, "PATHS"),
+        )
+        total = sum(row.bytes for row in report.rows) or 1.0
+        lines = (
+            _group_cells(row, relay, bar(row.bytes / total, len(_OF_ALL), plain=plain))
+            for row in report.rows
+        )
     return table(heads, lines, indent="")
 
 
 _HEADS: Final = ("IN/s", "OUT/s", "MSG IN/s", "MSG OUT/s", "RETR/s")
+_OF_ALL: Final = "OF ALL BYTES"
+"""As wide as its bars."""
 
 
 def _connection_cells(row: TopRow) -> tuple[object, ...]:
@@ -264,10 +277,10 @@ def _connection_cells(row: TopRow) -> tuple[object, ...]:
     )
 
 
-def _group_cells(row: TopRow, relay: bool) -> tuple[object, ...]:
+def _group_cells(row: TopRow, relay: bool, part: str) -> tuple[object, ...]:
     paths = ", ".join(f"{count} {path}" for path, count in row.paths.items())
-    cells = (row.name, row.ends, *_cells(row))
-    return (*cells, _share(row.relay_cpu), paths) if relay else (*cells, paths)
+    used = (_share(row.relay_cpu),) if relay else ()
+    return (row.name, row.ends, *_cells(row), *used, part, paths)
 
 
 def _cells(row: TopRow) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from driver.errors import FreeFlowError
+from plugin.cli.table import draws
 from plugin.cli.terminal import shown
 from plugin.cli.top import BY, SORTS, Top, TopReport, head, show
 from plugin.traffic_names import TrafficReport
@@ -191,7 +192,8 @@ class TopScreen:
         _put(window, 0, self._title(report), width, curses.A_BOLD)
         _put(window, 1, self._state(), width)
         page = max(0, height - 4)
-        text = show(report).splitlines() if report is not None else []
+        plain = not draws(locale.nl_langinfo(locale.CODESET))
+        text = [] if report is None else show(report, plain=plain).splitlines()
         body = text[1:]
         self.offset = max(0, min(self.offset, len(body) - page))
         if text:

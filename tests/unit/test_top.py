@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -338,8 +339,24 @@ def test_a_table_of_groups() -> None:
     """Each group is a line with its ends, rates and paths; a container's with the relay's work."""
     text = show(shown(TopView(by="container"), *two_reports()))
     assert "web.1.abc  2     2.0 KiB" in text
-    assert "25.0 %  1 overlay, 1 relay" in text
+    assert re.search(r"25\.0 %  █+[▏▎▍▌▋▊▉]? +1 overlay, 1 relay", text)
     assert "RELAY" not in show(shown(TopView(by="service"), *two_reports()))
+
+
+def test_bars_of_groups() -> None:
+    """A group's bar is its part of all bytes, of whole characters where the terminal lacks parts of
+    them; one without bytes has none.
+    """
+    found = shown(TopView(by="path"), *two_reports())
+    rows = [
+        msgspec.structs.replace(row, name=name, bytes_in=size, bytes_out=0.0)
+        for row, name, size in zip(found.rows, "abc", (750.0, 250.0, 0.0), strict=True)
+    ]
+    found = msgspec.structs.replace(found, rows=tuple(rows))
+    for plain, block in ((False, "█"), (True, "#")):
+        head, *lines = show(found, plain=plain).splitlines()
+        at = head.index("OF ALL BYTES")
+        assert [line[at : at + 14].rstrip() for line in lines] == [9 * block, 3 * block, ""]
 
 
 def test_the_first_line() -> None:
@@ -366,7 +383,7 @@ def test_hostile_names(by: str, sort: str) -> None:
         report(read, connection(read=read, tcp=tcp(0, 0), **fields), networks={NET: bad})
         for read in (1.0, 2.0)
     ]
-    text = show(shown(TopView(by=by, sort=sort), *reports))
+    text = show(shown(TopView(by=by, sort=sort), *reports), plain=True)
     assert text.isascii()
     assert len(text.splitlines()) == 2
     assert "\x1b" not in text
