@@ -143,6 +143,11 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     """If it differs from the host's."""
     peers: tuple[str, ...] = ()
     """Addresses of the other hosts that share it."""
+    kind: str = "overlay"
+    """The path of its connections over TCP: overlay, or the driver's name if it isn't FreeFlow's."""
+    bridge: str = ""
+    """The bridge in the host's own namespace that carries it; empty: there is none. Such a network
+    has no other hosts."""
 
 
 class RouterSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
@@ -357,9 +362,9 @@ class ConnectionFact(msgspec.Struct, frozen=True, kw_only=True):
     local: str
     remote: str
     path: str
-    """overlay, shm, rdma or relay."""
+    """shm, rdma, relay, or the kind of the network (overlay, bridge)."""
     reason: str | None = None
-    """The reason's word, if the path is overlay."""
+    """The reason's word, if the path is the network's kind."""
     age: float | None = None
     """Seconds on shm, rdma or relay, or since the request."""
 
@@ -429,8 +434,8 @@ class TrafficFacts(msgspec.Struct, frozen=True, kw_only=True, tag="traffic"):
 class PathCount(msgspec.Struct, frozen=True):
     """The number of ends of connections in containers of this host that share path and reason.
 
-    `path` is overlay, shm, rdma or relay; the plugin tells overlay+ebpf from overlay. `reason`: one
-    word, why it is overlay.
+    `path` is as in `ConnectionFact`; the plugin tells overlay+ebpf from overlay. `reason`: one word,
+    why it is the network's kind.
     """
 
     network: str

@@ -86,6 +86,17 @@ class Admission:
             for server in (one, other)
         )
 
+    def is_carried(self, request: PairRequest, network: KnownNetwork) -> bool:
+        """Whether two requests that fit are ends of one connection on this network.
+
+        A network of FreeFlow's has nothing between its containers. A bridge in the host's own
+        namespace may have a firewall or a proxy there.
+        """
+        message = request.message
+        return not network.bridge or self._sockets.is_carried(
+            network.bridge, message.local, message.remote
+        )
+
     def _clients(self, request: Request, network: KnownNetwork) -> int:
         """How many sockets of the client lead to this server, by its address or by a VIP."""
         leading = [request.local]

@@ -1,4 +1,7 @@
-"""Where a container's connection to a VIP leads, by the container's own connection tracking.
+"""What the connection tracking of a namespace knows of one connection.
+
+In a client's namespace it says where a connection to a VIP leads; in the host's, whether a firewall
+translates a connection between two containers on a bridge.
 
 It speaks ctnetlink directly, for the reason given in `socket_table.py`: one request, one reply.
 Without nf_conntrack_netlink in the kernel no connection is found.
@@ -8,8 +11,8 @@ from __future__ import annotations
 
 import socket
 import struct
-from ipaddress import IPv4Address
-from typing import Final
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final, NamedTuple
 
 from dataplane.nlmsg import Netlink, attribute, attributes, nest
 from dataplane.router.library_wire import Address
@@ -20,18 +23,49 @@ _NETLINK_NETFILTER: Final = 12
 _GET: Final = 1 << 8 | 1
 _TUPLE_ORIG: Final = 1
 _TUPLE_REPLY: Final = 2
+_STATUS: Final = 3
 _TUPLE_IP: Final = 1
 _TUPLE_PROTO: Final = 2
 _IP_SRC: Final = 1
 _IP_DST: Final = 2
+_IP6_SRC: Final = 3
+_IP6_DST: Final = 4
 _PROTO_NUM: Final = 1
 _PROTO_SRC: Final = 2
 _PROTO_DST: Final = 3
 _AF_INET: Final = int(socket.AF_INET)
+_AF_INET6: Final = int(socket.AF_INET6)
+_SEEN_REPLY: Final = 2
+"""enum ip_conntrack_status (linux/netfilter/nf_conntrack_common.h)."""
 _TCP: Final = int(socket.IPPROTO_TCP)
 
 _NFGEN: Final = struct.Struct("!BBH")
 _PORT: Final = struct.Struct("!H")
+_WORD: Final = struct.Struct("!I")
+
+
+class Direction(NamedTuple):
+    """Packets of one direction of a connection: from where, and to where."""
+
+    source: Address
+    target: Address
+
+
+class TrackedConnection(NamedTuple):
+    """`original`: as its first packet had it; `reply`: as answers to it do.
+
+    `answered`: an answer has come. The kernel keeps an entry only once a packet has passed all
+    hooks, so a connection whose packets are dropped has none.
+    """
+
+    original: Direction
+    reply: Direction
+    answered: bool
+
+    @property
+    def is_translated(self) -> bool:
+        """Whether answers have other addresses than those of the first packet, exchanged."""
+        return (self.reply.target, self.reply.source) != self.original
 
 
 class Conntrack:
@@ -50,14 +84,23 @@ class Conntrack:
 
         None: the kernel does not track the connection.
         """
-        if local.ip.version != 4:
+        found = self.find(local, remote) if local.ip.version == 4 else None
+        return None if found is None else (found.reply.source, found.reply.target)
+
+    def find(self, local: Address, remote: Address) -> TrackedConnection | None:
+        """The entry of a TCP connection, by the addresses of either direction; None: there is none.
+
+        Addresses of different families are no connection's.
+        """
+        wide = local.ip.version == 6
+        if remote.ip.version != local.ip.version:
             return None
-        original = nest(
+        question = nest(
             _TUPLE_ORIG,
             nest(
                 _TUPLE_IP,
-                attribute(_IP_SRC, local.ip.packed),
-                attribute(_IP_DST, remote.ip.packed),
+                attribute(_IP6_SRC if wide else _IP_SRC, local.ip.packed),
+                attribute(_IP6_DST if wide else _IP_DST, remote.ip.packed),
             ),
             nest(
                 _TUPLE_PROTO,
@@ -66,17 +109,32 @@ class Conntrack:
                 attribute(_PROTO_DST, _PORT.pack(remote.port)),
             ),
         )
+        family = _AF_INET6 if wide else _AF_INET
         try:
-            return _read(self._netlink.get(_GET, _NFGEN.pack(_AF_INET, 0, 0) + original))
+            return _read(self._netlink.get(_GET, _NFGEN.pack(family, 0, 0) + question))
         except (OSError, struct.error, KeyError, ValueError):
             return None
 
 
-def _read(entry: bytes) -> tuple[Address, Address]:
-    reply = dict(attributes(dict(attributes(entry, _NFGEN.size))[_TUPLE_REPLY]))
-    ip, proto = dict(attributes(reply[_TUPLE_IP])), dict(attributes(reply[_TUPLE_PROTO]))
-    # The reply goes from the server to the client.
-    return (
-        Address(IPv4Address(ip[_IP_SRC]), _PORT.unpack(proto[_PROTO_SRC])[0]),
-        Address(IPv4Address(ip[_IP_DST]), _PORT.unpack(proto[_PROTO_DST])[0]),
+def _read(entry: bytes) -> TrackedConnection:
+    parts = dict(attributes(entry, _NFGEN.size))
+    return TrackedConnection(
+        original=_direction(parts[_TUPLE_ORIG]),
+        reply=_direction(parts[_TUPLE_REPLY]),
+        answered=bool(_WORD.unpack(parts[_STATUS])[0] & _SEEN_REPLY),
+    )
+
+
+def _direction(data: bytes) -> Direction:
+    parts = dict(attributes(data))
+    ip, proto = dict(attributes(parts[_TUPLE_IP])), dict(attributes(parts[_TUPLE_PROTO]))
+    source: IPv4Address | IPv6Address
+    target: IPv4Address | IPv6Address
+    if _IP_SRC in ip:
+        source, target = IPv4Address(ip[_IP_SRC]), IPv4Address(ip[_IP_DST])
+    else:
+        source, target = IPv6Address(ip[_IP6_SRC]), IPv6Address(ip[_IP6_DST])
+    return Direction(
+        Address(source, _PORT.unpack(proto[_PROTO_SRC])[0]),
+        Address(target, _PORT.unpack(proto[_PROTO_DST])[0]),
     )

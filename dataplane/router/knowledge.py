@@ -60,6 +60,10 @@ class KnownNetwork:
     """Address of a task on any host, to the VIPs of its services."""
     own: tuple[str, ...] = ()
     """The addresses of `owners` as text, sorted: what peers are told."""
+    kind: str = "overlay"
+    """The path of connections over TCP."""
+    bridge: str = ""
+    """The bridge in the host's own namespace that carries the network; empty: there is none."""
 
     def may_use(self, transport: Transport) -> bool:
         """Whether connections to other hosts may use a transport."""
@@ -110,6 +114,8 @@ class Knowledge:
                 verbs=accelerated and fact.verbs and facts.settings.verbs,
                 verbs_direct=fact.verbs_direct,
                 peers=frozenset(ip_address(text) for text in fact.peers),
+                kind=fact.kind,
+                bridge=fact.bridge,
             )
         self.underlay = ip_address(facts.underlay) if facts.underlay else None
         for endpoint in facts.endpoints:

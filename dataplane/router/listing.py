@@ -32,7 +32,6 @@ from dataplane.router.registry import ContainerRecord
 from dataplane.router.socket_table import Namespaces, TcpSocket
 from dataplane.router.verbs_listing import counts as counts_of_verbs
 
-OVERLAY: Final = "overlay"
 SHM: Final = "shm"
 TOGETHER: Final = 32
 """Namespaces that are entered at once."""
@@ -135,32 +134,32 @@ def _path(
             slot = arena.slots[number]
             # The process keeps the slot until it closes: the ring may still have bytes to read.
             if slot.ends[RELAY_SIDE] is None if arena.ring else slot.left:
-                return OVERLAY, Reason(slot.why_left or Reason.LEFT), None
+                return network.kind, Reason(slot.why_left or Reason.LEFT), None
             # A note about a connection that has a slot: its end has fallen back to TCP since.
             noted = container.notes.get(tcp.cookie)
             if noted is not None:
-                return OVERLAY, Reason(noted[0]), None
+                return network.kind, Reason(noted[0]), None
             path = pairing.remote.transport(slot.connection).value if arena.ring else SHM
             return path, None, now - slot.since
     if not network.accelerated:
-        return OVERLAY, Reason.OFF, None
+        return network.kind, Reason.OFF, None
     local_peer = tcp.remote.ip in network.owners or network.tasks.get(tcp.remote.ip)
     is_remote = tcp.remote.ip in network or tcp.remote.ip in network.tasks
     if not local_peer and not is_remote:
-        return OVERLAY, Reason.FOREIGN, None
+        return network.kind, Reason.FOREIGN, None
     if not local_peer and (why := pairing.remote.why_not(network)) is not None:
-        return OVERLAY, why, None
+        return network.kind, why, None
     if container is None or not _has_library(container):
-        return OVERLAY, Reason.NO_LIBRARY, None
+        return network.kind, Reason.NO_LIBRARY, None
     waiting = container.waiting.get(tcp.cookie)
     if waiting is not None:
-        return OVERLAY, _why_waiting(pairing, network, waiting), now - waiting.since
+        return network.kind, _why_waiting(pairing, network, waiting), now - waiting.since
     note = container.notes.get(tcp.cookie)
     if note is not None:
-        return OVERLAY, Reason(note[0]), None
+        return network.kind, Reason(note[0]), None
     if local_peer and not _peer_has_library(pairing, network, tcp.remote.ip):
-        return OVERLAY, Reason.PEER_NO_LIBRARY, None
-    return OVERLAY, Reason.SHORT, None
+        return network.kind, Reason.PEER_NO_LIBRARY, None
+    return network.kind, Reason.SHORT, None
 
 
 def _has_library(container: ContainerRecord) -> bool:

@@ -233,6 +233,10 @@ class Pairing:
                 request.ambiguous = True
             return
         partner = partners[0]
+        if not self._admission.is_carried(waiting, network):
+            self.refuse(waiting, Reason.INTERCEPTED)
+            self.refuse(partner, Reason.INTERCEPTED)
+            return
         ends = Counter((waiting.namespace, partner.namespace))
         if self._registry.share_too_much(waiting.namespace, partner.namespace) or any(
             self._registry.is_full(namespace, more) for namespace, more in ends.items()

@@ -47,6 +47,8 @@ class Reason(IntEnum):
     FEW = 1012
     SLOW = 1013
     BULK = 1014
+    NO_ENDPOINT = 1015
+    INTERCEPTED = 1016
 
     @property
     def word(self) -> str:
@@ -68,6 +70,7 @@ PASSING: Final = frozenset(
         Reason.PEER_NO_RDMA,
         Reason.NO_SESSION,
         Reason.NO_LINK,
+        Reason.NO_ENDPOINT,
     }
 )
 """Reasons of refusals that may be gone later: the library requests again after a while."""
@@ -109,5 +112,7 @@ _SENTENCES: Final = {
     Reason.FEW: "too few connections between the two programs are busy for the relays to be faster",
     Reason.SLOW: "its messages, and those of connections beside it, are too few at a time for the relays to be faster",
     Reason.BULK: "it carries bulk data, which the relays would carry no faster",
+    Reason.NO_ENDPOINT: "the engine lists no container of this host with the peer's address on this network",
+    Reason.INTERCEPTED: "this host's firewall translates the connection, ends it in a proxy, or doesn't know it",
     Reason.AMBIGUOUS: "several connections of the peer fit: one to a task and one to its service's VIP",
 }

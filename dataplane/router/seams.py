@@ -68,6 +68,12 @@ class SocketTable(Protocol):
         """
         ...
 
+    def is_carried(self, bridge: str, local: Address, remote: Address) -> bool:
+        """Whether a connection between two containers on a bridge of this host's own namespace
+        passes it as it is: nothing translates it, ends it, or keeps the two apart.
+        """
+        ...
+
 
 class ArenaMemory(Protocol):
     """The memory and the bells of arenas. Arenas and bells are descriptors."""

@@ -22,6 +22,7 @@ import msgspec
 from dataplane.errors import KernelRefused
 from dataplane.nlmsg import DONE, DUMP, ERROR, Netlink
 from dataplane.router import tcp_counters
+from dataplane.router.bridge_netfilter import is_filtered
 from dataplane.router.conntrack import Conntrack
 from dataplane.router.library_wire import Address, ip_of
 from dataplane.router.netlink_socket import netlink_in, netlink_in_each
@@ -213,6 +214,8 @@ class Namespaces:
         self._held: dict[int, list[int]] = {}
         self._diags: dict[int, tuple[Diag, float]] = {}
         self._tracks: dict[int, tuple[Conntrack, float]] = {}
+        self.own = self.hold(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        """The host's own namespace, which is this process's."""
 
     def hold(self, descriptor: int) -> int:
         """Take over a namespace's descriptor. Its inode, to be released as often as it was held."""
@@ -357,6 +360,24 @@ class LinuxSocketTable:
             return self._namespaces.conntrack(namespace).translated(local, remote)
         except KernelRefused:
             return None
+
+    def is_carried(self, bridge: str, local: Address, remote: Address) -> bool:
+        host = self._namespaces.own
+        try:
+            diag, track = self._namespaces.diag(host), self._namespaces.conntrack(host)
+            # A proxy of the host's may have taken over both addresses (IP_TRANSPARENT).
+            ends = ((local, remote), (remote, local))
+            if any(diag.state(*end) is not None for end in ends):
+                return False
+            known = [entry for end in ends if (entry := track.find(*end)) is not None]
+        except KernelRefused:
+            return False
+        if any(entry.is_translated for entry in known):
+            return False
+        # Where netfilter sees the packets it knows each connection, unless its rules drop it: two
+        # containers could make sockets that claim to be connected.
+        passed = any(entry.answered for entry in known)
+        return passed or not is_filtered(bridge, local.ip.version)
 
     def _state(
         self, namespace: int, local: Address, remote: Address, cookie: int | None

@@ -67,6 +67,8 @@ class FakeKernel:
     )
     traffic: dict[int, TcpCounters] = field(default_factory=dict)
     """By cookie."""
+    intercepted: set[tuple[str, Address, Address]] = field(default_factory=set)
+    """Bridges, each with both addresses of a connection that the host doesn't carry as it is."""
     sampled: int = 0
     """Counters of so many sockets were read."""
 
@@ -93,6 +95,11 @@ class FakeKernel:
         self, namespace: int, local: Address, remote: Address
     ) -> tuple[Address, Address] | None:
         return self.translations.get((namespace, local, remote))
+
+    def is_carried(self, bridge: str, local: Address, remote: Address) -> bool:
+        assert bridge
+        ends = {(bridge, local, remote), (bridge, remote, local)}
+        return not ends & self.intercepted
 
 
 @dataclass

@@ -1,0 +1,129 @@
+"""Pairing on networks whose packets cross a bridge of the host's own namespace: the registry, with
+fakes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from dataplane.control import RouterSnapshot
+from dataplane.router import library_wire as wire
+from dataplane.router.bridge_netfilter import is_filtered
+from dataplane.router.conntrack import Direction, TrackedConnection
+from dataplane.router.knowledge import Knowledge
+from dataplane.router.reasons import Reason
+from tests.unit.router_world import NET, VIP, World, at
+
+BRIDGE = "br-0123456789ab"
+
+
+def bridged(facts: RouterSnapshot) -> RouterSnapshot:
+    """The same with a bridge below network n1, and no service there."""
+    networks = tuple(
+        replace(each, kind="bridge", bridge=BRIDGE, vips={}, rdma=False, relay=False)
+        if each.id == NET
+        else each
+        for each in facts.networks
+    )
+    return replace(facts, networks=networks)
+
+
+@pytest.fixture
+def world() -> World:
+    made = World()
+    made.pairing.replace_snapshot(Knowledge(bridged(made.facts)))
+    return made
+
+
+def test_two_containers_on_a_bridge(world: World) -> None:
+    """Both ends of a connection that the host carries as it is get a slot."""
+    a, b = world.process(1), world.process(2)
+    world.connect(a, b, 5000)
+    assert [len(world.grants(each)) for each in (a, b)] == [1, 1]
+
+
+def test_a_connection_that_the_host_takes_apart(world: World) -> None:
+    """Where the host translates or ends a connection, or doesn't know it, both ends stay on TCP,
+    are told so once, and don't wait; the next connection is looked at anew.
+    """
+    a, b = world.process(1), world.process(2)
+    ends = (at("10.0.4.1:5000"), at("10.0.4.2:80"))
+    world.kernel.intercepted.add((BRIDGE, *ends))
+    world.connect(a, b, 5000)
+    assert not world.grants(a) + world.grants(b)
+    for process in (a, b):
+        ((refuse, _),) = world.heard(process, wire.Refuse)
+        assert (refuse.reason, refuse.passes) == (Reason.REMOTE, False)
+        assert not world.pairing.processes[process].waiting
+    notes = world.pairing.containers[1].notes.values()
+    assert [reason for reason, _ in notes] == [Reason.INTERCEPTED]
+    world.connect(a, b, 5001)
+    assert len(world.grants(a)) == 1
+
+
+def test_addresses_without_a_container(world: World) -> None:
+    """An address of the network that no container is listed with is refused for now: the host's
+    own, or that of a container that has just started.
+    """
+    a = world.process(1)
+    for peer in ("10.0.4.254:80", f"{VIP}:80"):
+        world.open_and_ask(a, "10.0.4.1:5000", peer)
+    refused = [refuse for refuse, _ in world.heard(a, wire.Refuse)]
+    assert [each.passes for each in refused] == [True, True]
+    notes = world.pairing.containers[1].notes.values()
+    assert {reason for reason, _ in notes} == {Reason.NO_ENDPOINT}
+    world.open_and_ask(a, "10.0.4.1:5000", "192.0.2.1:80")
+    assert world.pairing.counts.refused[Reason.FOREIGN] == 1
+
+
+def test_other_networks_ask_nothing_of_the_host(world: World) -> None:
+    """A network of FreeFlow's has nothing of the host's between its containers: it isn't asked."""
+    plain = World()
+    plain.kernel.intercepted.add(("", at("10.0.4.1:5000"), at("10.0.4.2:80")))
+    a, b = plain.process(1), plain.process(2)
+    plain.connect(a, b, 5000)
+    assert len(plain.grants(a)) == 1
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "own", "filtered"),
+    [
+        (None, None, False),
+        ("0", "0", False),
+        ("0", None, True),
+        ("1", "0", True),
+        ("0", "1", True),
+    ],
+)
+@pytest.mark.parametrize("version", [4, 6])
+def test_settings_of_br_netfilter(
+    tmp_path: Path, version: int, everywhere: str | None, own: str | None, filtered: bool
+) -> None:
+    """Netfilter sees a bridge's packets if the namespace's setting or the bridge's own is on, or
+    can't be read; not without br_netfilter.
+    """
+    kind = {4: "iptables", 6: "ip6tables"}[version]
+    settings = tmp_path / "proc/sys/net/bridge"
+    folder = tmp_path / "sys/class/net" / BRIDGE / "bridge"
+    for path, value in (
+        (settings / f"bridge-nf-call-{kind}", everywhere),
+        (folder / f"nf_call_{kind}", own),
+    ):
+        if value is not None:
+            path.parent.mkdir(parents=True)
+            path.write_text(f"{value}\n")
+    assert is_filtered(BRIDGE, version, tmp_path) == filtered
+
+
+def test_translated_connections() -> None:
+    """A connection is translated if answers come from another address than its first packet went
+    to, or go to another than it came from.
+    """
+    one, two, other = at("10.0.4.1:5000"), at("10.0.4.2:80"), at("10.0.4.3:80")
+    there, back = Direction(one, two), Direction(two, one)
+    assert not TrackedConnection(there, back, answered=True).is_translated
+    assert TrackedConnection(there, Direction(other, one), answered=True).is_translated
+    assert TrackedConnection(there, Direction(two, other), answered=True).is_translated
