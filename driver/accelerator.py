@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -28,6 +28,7 @@ from dataplane.errors import DataplaneError
 from driver import options
 from driver.kernel.namespace import is_namespace
 from driver.model import Endpoint, IPAddress, Network
+from driver.other_networks import OtherNetwork, with_others
 from driver.store import Store
 from driver.vip_table import NetworkState
 from driver.worker import Worker
@@ -179,7 +180,9 @@ class Accelerator:
         clock: Callable[[], float] = time.monotonic,
         inode: Callable[[Path], int | None] = inode_of,
         own: Callable[[], ThisHost] = ThisHost,
+        others: Callable[[], Sequence[OtherNetwork]] = tuple,
     ) -> None:
+        """`others`: accelerated networks of other drivers."""
         self._store = store
         self._sandboxes = sandboxes
         self._router = router
@@ -187,6 +190,7 @@ class Accelerator:
         self._clock = clock
         self._inode = inode
         self._own = own
+        self._others = others
         self._sent: RouterSnapshot | None = None
         self._sent_at = float("-inf")
         self._send_again = False
@@ -249,18 +253,19 @@ class Accelerator:
     def _snapshot(self, now: float) -> RouterSnapshot:
         homes: dict[str, tuple[Path, int]] = {}
         missing: dict[str, float] = {}
+
+        def look(endpoint_id: str, path: Path) -> int | None:
+            inode = self._inode(path)
+            if inode is None:
+                missing[endpoint_id] = self._missing.get(endpoint_id, now + SANDBOX_PATIENCE)
+            return inode
+
         endpoints = list(self._store.endpoints())
         for endpoint in endpoints:
             path = self._sandboxes.sandbox(endpoint)
-            if path is None:
-                continue
-            inode = self._inode(path)
-            if inode is None:
-                missing[endpoint.id] = self._missing.get(endpoint.id, now + SANDBOX_PATIENCE)
-            else:
+            if path is not None and (inode := look(endpoint.id, path)) is not None:
                 homes[endpoint.id] = (path, inode)
-        self._missing = missing
-        return facts(
+        own = facts(
             self._store.networks(),
             endpoints,
             self._sandboxes.state(),
@@ -268,3 +273,6 @@ class Accelerator:
             self._settings,
             self._own(),
         )
+        found = with_others(own, self._others(), look)
+        self._missing = missing
+        return found

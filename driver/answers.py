@@ -138,6 +138,10 @@ def _subnets(answer: Mapping[str, Any]) -> tuple[Subnet, ...]:
     return tuple(found)
 
 
+def _texts(value: object) -> dict[str, str]:
+    return {str(key): str(item) for key, item in items(value).items()}
+
+
 def parse_network(answer: Mapping[str, Any]) -> NetworkView:
     """The view of `GET /networks/<id>`, with services if the query was `?verbose=true`.
 
@@ -153,10 +157,11 @@ def parse_network(answer: Mapping[str, Any]) -> NetworkView:
         others=_others(answer),
         containers=_containers(answer),
         scope=text_of(answer.get("Scope")),
-        options={str(key): str(value) for key, value in items(answer.get("Options")).items()},
+        options=_texts(answer.get("Options")),
         subnets=_subnets(answer),
         ipv6=answer.get("EnableIPv6") is True,
         internal=answer.get("Internal") is True,
+        labels=_texts(answer.get("Labels")),
     )
 
 

@@ -227,14 +227,26 @@ class DockerDirectory:
         filters = msgspec.json.encode({"label": keys}).decode()
         return self._read(f"{path}?filters={urllib.parse.quote(filters)}", list[Any]) or []
 
+    def all_networks(self) -> tuple[NetworkView, ...]:
+        return tuple(map(parse_network, objects(self._read("/networks", list[Any]))))
+
+    def changed_networks(self) -> Iterator[str]:
+        events = ["create", "connect", "disconnect", "destroy", "remove"]
+        yield from self._events("network", events)
+
     def changed_containers(self) -> Iterator[str]:
-        filters = {"type": ["container"], "event": ["start", "health_status"]}
+        yield from self._events("container", ["start", "health_status"])
+
+    def _events(self, kind: str, names: list[str]) -> Iterator[str]:
+        """IDs of the objects of events, until the engine ends."""
+        filters = {"type": [kind], "event": names}
         events = self._ask(
             "GET /events", lambda client: client.events(filters=filters, decode=True)
         )
         try:
             for event in events:
-                yield text_of(items(event).get("id"))
+                # Events of networks have the ID only there.
+                yield text_of(items(items(event).get("Actor")).get("ID"))
         except _failures() as error:
             raise self._failure("GET /events", error) from error
         finally:

@@ -119,7 +119,7 @@ class NetworkView:
 
     `scope` is the engine's: "swarm" for networks that Swarm distributes to the hosts. `others` are
     addresses of containers, on any host, that belong to no service. `options`, `subnets`, `ipv6`
-    and `internal` serve to restore a network whose row is lost.
+    and `internal` serve to restore a network whose row is lost; `labels` are the user's.
     """
 
     id: str
@@ -134,6 +134,7 @@ class NetworkView:
     subnets: tuple[Subnet, ...] = ()
     ipv6: bool = False
     internal: bool = False
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from driver.kernel.linux import LinuxKernel
 from driver.kernel.namespace import is_namespace
 from driver.kernel_refresh import KernelRefresh
 from driver.model import Endpoint, EngineView, IPAddress
+from driver.other_networks import OtherNetworks
 from driver.recovery import Collector, recover
 from driver.resolver import EmbeddedDns
 from driver.store import Store
@@ -149,6 +150,7 @@ class Core:
     directory: DockerDirectory
     syncer: Syncer
     accelerator: Accelerator
+    others: OtherNetworks
     router: RouterClient
 
 
@@ -228,11 +230,22 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
         engine_seen=lambda view: host.engine_seen(driver, view),
         changed=changes.synced,
     )
+    others = OtherNetworks(
+        directory,
+        sandboxes=paths.sandboxes,
+        on=settings.other_networks == "on",
+        changed=changes.synced,
+    )
     client = RouterClient(paths.host_run / CONTROL)
     accelerator = Accelerator(
-        host.store, syncer, client, router_settings(settings), own=lambda: host.own(kernel)
+        host.store,
+        syncer,
+        client,
+        router_settings(settings),
+        own=lambda: host.own(kernel),
+        others=others.known,
     )
-    return Core(host, kernel, driver, directory, syncer, accelerator, client)
+    return Core(host, kernel, driver, directory, syncer, accelerator, others, client)
 
 
 def _subscribe(changes: Changes, core: Core, ipv6_override: Ipv6Override) -> None:
@@ -288,6 +301,7 @@ def _parts(
 
         yield Exporter(snapshot, settings.metrics_addr)
     if router is not None:
+        yield core.others
         yield core.accelerator
         yield router
 

@@ -217,6 +217,14 @@ class Settings:
         "on",
         "`off`: no connection of this host moves to shared memory, RDMA or the relays",
     )
+    other_networks: str = _setting(
+        _SWITCH,
+        "off",
+        "`on`: connections of this host's containers on networks of Docker's `bridge` driver move to "
+        "shared memory too, unless the network has the label `freeflow.accelerate=off`",
+        details="`off`: only on those with the label `freeflow.accelerate=on`. See "
+        "[Other networks](other-networks.md).",
+    )
     ebpf: str = _setting(
         _SWITCH,
         "on",

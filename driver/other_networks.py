@@ -1,0 +1,276 @@
+"""Networks of other drivers whose connections are accelerated, as the engine lists them.
+
+No request of Docker's tells us of these networks. So a thread reads them from the engine when an
+event says that one has changed, and now and then. If the engine does not answer, the last answer
+holds.
+
+A network is accelerated if it has the label `freeflow.accelerate=on`, or if the plugin's setting
+OTHER_NETWORKS is on and the label is not off. So far only Docker's bridge driver is known well
+enough. What the router adds to the proofs is in `SocketTable.is_carried`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import structlog
+from msgspec.structs import replace
+
+from dataplane.control import EndpointFact, NetworkFact, RouterSnapshot
+from driver.errors import EngineError
+from driver.model import IPAddress, LocalContainer, NetworkView
+from driver.names import short
+from driver.worker import Worker
+
+log = structlog.get_logger()
+
+LABEL: Final = "freeflow.accelerate"
+BRIDGE: Final = "bridge"
+"""Docker's driver for networks of one host."""
+_ICC: Final = "com.docker.network.bridge.enable_icc"
+_NAME: Final = "com.docker.network.bridge.name"
+_TRUE: Final = frozenset({"1", "t", "T", "TRUE", "true", "True"})
+"""What the engine takes for true (Go's strconv.ParseBool)."""
+
+GATHER: Final = 0.05
+"""Seconds for which changes are collected: a compose application makes many at once."""
+REPEAT: Final = 30.0
+"""Seconds after which the engine is asked again, in case an event was lost."""
+RETRY: Final = 2.0
+"""Seconds after which an engine that didn't answer is asked again."""
+SOON: Final = 0.1
+PATIENCE: Final = 30.0
+"""Seconds for which the namespace of a listed container is awaited, one look each `SOON`."""
+
+
+class NetworkDirectory(Protocol):
+    """What the engine lists. Raises `EngineError`. Implemented by `driver.engine`."""
+
+    def all_networks(self) -> tuple[NetworkView, ...]:
+        """All networks of this host, of any driver, without their containers and services."""
+
+    def changed_networks(self) -> Iterator[str]:
+        """IDs of networks that are made, removed, or that a container of this host joins or leaves.
+
+        Ends when the engine does.
+        """
+
+    def network(self, network_id: str) -> NetworkView | None:
+        """A network with its containers on this host; None: there is none."""
+
+    def sandbox_key(self, container_id: str) -> str | None:
+        """Docker's path of a container's namespace; None: it has none, or there is no such
+        container."""
+
+
+@dataclass(frozen=True, slots=True)
+class OtherEndpoint:
+    """A container of this host on such a network; `sandbox` is where we see its namespace."""
+
+    id: str
+    container: str
+    addresses: tuple[IPAddress, ...]
+    sandbox: Path
+
+
+@dataclass(frozen=True, slots=True)
+class OtherNetwork:
+    """An accelerated network of another driver; `bridge` is its device in the host's namespace."""
+
+    view: NetworkView
+    bridge: str
+    endpoints: tuple[OtherEndpoint, ...]
+
+
+def why_not(view: NetworkView, on: bool) -> str | None:
+    """Why a network of another driver isn't accelerated; None: it is.
+
+    `on` is the setting OTHER_NETWORKS.
+    """
+    label = view.labels.get(LABEL, "")
+    if label == "off":
+        return f"its label {LABEL} is off"
+    if label != "on" and not on:
+        return f"it has no label {LABEL}=on"
+    if view.driver != BRIDGE:
+        return f"FreeFlow doesn't know what the driver {view.driver} has between two containers"
+    if view.options.get(_ICC, "true") not in _TRUE:
+        return f"its containers may not reach each other ({_ICC})"
+    return None
+
+
+class OtherNetworks:
+    """Two threads: one waits for the engine's events, the other reads networks and containers.
+
+    `sandboxes` is the folder in which Docker's sandboxes are visible to us. `changed` is called
+    when `known` has another value.
+    """
+
+    def __init__(
+        self,
+        directory: NetworkDirectory,
+        *,
+        sandboxes: Path,
+        on: bool,
+        changed: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._directory = directory
+        self._sandboxes = sandboxes
+        self._on = on
+        self._changed = changed
+        self._clock = clock
+        self._known: tuple[OtherNetwork, ...] = ()
+        self._keys: dict[str, str] = {}
+        """Docker's path of an endpoint's namespace, by the endpoint's ID; it never changes."""
+        self._missing: dict[str, float] = {}
+        """Endpoints whose namespace isn't known, each with the time until which it is awaited."""
+        self._reader = Worker("other-networks", self.once, retry=RETRY)
+        self._listener = Worker("other-networks-events", self._listen, retry=RETRY)
+
+    def known(self) -> tuple[OtherNetwork, ...]:
+        """The accelerated networks that have containers here, by ID."""
+        return self._known
+
+    def wake(self) -> None:
+        """Read everything soon: something has changed."""
+        self._reader.wake()
+
+    def start(self) -> None:
+        self._reader.start()
+        self._listener.start()
+
+    def stop(self) -> None:
+        """Ask the threads to end. Each does so after its present request, or with the process."""
+        self._reader.stop(wait=False)
+        self._listener.stop(wait=False)
+
+    def _listen(self) -> float:
+        try:
+            for _ in self._directory.changed_networks():
+                self._listener.stopped.wait(GATHER)
+                self.wake()
+        except EngineError as error:
+            # The sync loop reports that the engine doesn't answer.
+            log.debug("no events of the engine", reason=str(error))
+        # Changes may have come without us.
+        self.wake()
+        return RETRY
+
+    def once(self) -> float:
+        """Read what the engine lists; returns the seconds until the next look."""
+        before, self._missing = self._missing, {}
+        try:
+            found = tuple(sorted(self._read(before), key=lambda each: each.view.id))
+        except EngineError as error:
+            self._missing = before
+            log.debug("networks of other drivers can't be read", reason=str(error))
+            return RETRY
+        listed = {each.id for network in found for each in network.endpoints}
+        self._keys = {key: value for key, value in self._keys.items() if key in listed}
+        if found != self._known:
+            self._known = found
+            self._changed()
+        now = self._clock()
+        return SOON if any(until > now for until in self._missing.values()) else REPEAT
+
+    def _read(self, before: Mapping[str, float]) -> Iterator[OtherNetwork]:
+        for listed in self._directory.all_networks():
+            if why_not(listed, self._on) is not None:
+                continue
+            view = self._directory.network(listed.id)
+            if view is None:
+                continue
+            endpoints = tuple(self._endpoints(view, before))
+            if endpoints:
+                bridge = view.options.get(_NAME) or f"br-{short(view.id)}"
+                yield OtherNetwork(view, bridge, endpoints)
+
+    def _endpoints(self, view: NetworkView, before: Mapping[str, float]) -> Iterator[OtherEndpoint]:
+        for container in view.containers:
+            key = self._key(container)
+            if not key:
+                until = before.get(container.endpoint_id, self._clock() + PATIENCE)
+                self._missing[container.endpoint_id] = until
+                continue
+            addresses = (container.address, container.ipv6)
+            yield OtherEndpoint(
+                id=container.endpoint_id,
+                container=container.name,
+                addresses=tuple(item.ip for item in addresses if item is not None),
+                sandbox=self._sandboxes / Path(key).name,
+            )
+
+    def _key(self, container: LocalContainer) -> str | None:
+        key = self._keys.get(container.endpoint_id) or self._directory.sandbox_key(container.id)
+        if key:
+            self._keys[container.endpoint_id] = key
+        return key
+
+
+def with_others(
+    snapshot: RouterSnapshot,
+    others: Iterable[OtherNetwork],
+    inode: Callable[[str, Path], int | None],
+) -> RouterSnapshot:
+    """The router's snapshot with networks of other drivers too. `inode`: that of an endpoint's
+    namespace.
+
+    An endpoint without a namespace is left out. So is an address that doesn't tell one container or
+    one network: that of two endpoints of a network, or of two networks of a container.
+    """
+    networks, endpoints = list(snapshot.networks), list(snapshot.endpoints)
+    known = [
+        (network, endpoint, namespace)
+        for network in others
+        for endpoint in network.endpoints
+        if (namespace := inode(endpoint.id, endpoint.sandbox)) is not None
+    ]
+    owners = Counter(
+        (network.view.id, address)
+        for network, endpoint, _ in known
+        for address in endpoint.addresses
+    )
+    places = Counter(
+        (namespace, str(address))
+        for _, endpoint, namespace in known
+        for address in endpoint.addresses
+    )
+    places.update((each.namespace, address) for each in endpoints for address in each.addresses)
+    for network in {network.view.id: network for network, _, _ in known}.values():
+        networks.append(_network_fact(network))
+    for network, endpoint, namespace in known:
+        endpoints.append(
+            EndpointFact(
+                id=endpoint.id,
+                network=network.view.id,
+                addresses=tuple(
+                    str(address)
+                    for address in endpoint.addresses
+                    if owners[network.view.id, address] == places[namespace, str(address)] == 1
+                ),
+                namespace=namespace,
+                path=str(endpoint.sandbox),
+                container=endpoint.container,
+            )
+        )
+    return replace(snapshot, networks=tuple(networks), endpoints=tuple(endpoints))
+
+
+def _network_fact(network: OtherNetwork) -> NetworkFact:
+    view = network.view
+    return NetworkFact(
+        id=view.id,
+        name=view.name,
+        rdma=False,
+        relay=False,
+        verbs=False,
+        subnets=tuple(str(subnet.pool) for subnet in view.subnets),
+        kind=view.driver,
+        bridge=network.bridge,
+    )

@@ -1,0 +1,250 @@
+"""Networks of other drivers: which are accelerated, and what the router learns of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface
+from pathlib import Path
+
+import pytest
+
+from dataplane.control import EndpointFact, NetworkFact, RouterSnapshot
+from dataplane.router.knowledge import Knowledge
+from driver.answers import parse_network
+from driver.errors import EngineError
+from driver.model import LocalContainer, NetworkView, Subnet
+from driver.other_networks import (
+    PATIENCE,
+    REPEAT,
+    RETRY,
+    SOON,
+    OtherNetwork,
+    OtherNetworks,
+    why_not,
+    with_others,
+)
+
+LABELLED = {"freeflow.accelerate": "on"}
+ICC = "com.docker.network.bridge.enable_icc"
+
+
+def a_container(number: int, *, network: str = "0") -> LocalContainer:
+    return LocalContainer(
+        id=f"c{number}",
+        name=f"app-{number}",
+        endpoint_id=f"e{network}{number}",
+        address=IPv4Interface(f"172.2{network}.0.{number}/16"),
+        ipv6=IPv6Interface(f"fd0{network}::{number}/64"),
+    )
+
+
+def a_view(network: str = "0", **changes: object) -> NetworkView:
+    made = NetworkView(
+        id=network * 64,
+        name=f"app{network}",
+        driver="bridge",
+        scope="local",
+        subnets=(Subnet(IPv4Network(f"172.2{network}.0.0/16")),),
+        labels=LABELLED,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+class FakeEngine:
+    """Networks, and the paths of containers' namespaces."""
+
+    def __init__(self, *views: NetworkView) -> None:
+        self.views = {view.id: view for view in views}
+        self.sandboxes: dict[str, str] = {}
+        self.asked: list[str] = []
+        self.down = False
+
+    def all_networks(self) -> tuple[NetworkView, ...]:
+        self._answer()
+        return tuple(replace(view, containers=()) for view in self.views.values())
+
+    def changed_networks(self) -> Iterator[str]:
+        return iter(())
+
+    def network(self, network_id: str) -> NetworkView | None:
+        self._answer()
+        return self.views.get(network_id)
+
+    def sandbox_key(self, container_id: str) -> str | None:
+        self._answer()
+        self.asked.append(container_id)
+        return self.sandboxes.get(container_id)
+
+    def _answer(self) -> None:
+        if self.down:
+            raise EngineError("it doesn't answer")
+
+
+class Reader:
+    """`OtherNetworks` with a fake engine and clock; `changes` counts the calls of `changed`."""
+
+    def __init__(self, *views: NetworkView, on: bool = False) -> None:
+        self.engine = FakeEngine(*views)
+        self.changes = 0
+        self.now = 100.0
+        self.networks = OtherNetworks(
+            self.engine,
+            sandboxes=Path("/host/netns"),
+            on=on,
+            changed=self._changed,
+            clock=lambda: self.now,
+        )
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "off", "on"),
+    [
+        ({}, None, None),
+        ({"labels": {}}, "no label", None),
+        ({"labels": {"freeflow.accelerate": "off"}}, "is off", "is off"),
+        ({"labels": {"freeflow.accelerate": "yes"}}, "no label", None),
+        ({"options": {ICC: "false"}}, "may not reach", "may not reach"),
+        ({"options": {ICC: "F"}}, "may not reach", "may not reach"),
+        ({"options": {ICC: "true"}}, None, None),
+        ({"driver": "macvlan"}, "macvlan", "macvlan"),
+        ({"driver": "host", "labels": {}}, "no label", "host"),
+        ({"driver": "overlay"}, "overlay", "overlay"),
+        ({"driver": "freeflow:latest"}, "freeflow", "freeflow"),
+        ({"internal": True}, None, None),
+    ],
+)
+def test_which_networks(changes: dict[str, object], off: str | None, on: str | None) -> None:
+    """A bridge is accelerated if its label or the setting says so, and off wins; never one whose
+    containers may not reach each other, nor a network of another driver.
+    """
+    for setting, expected in ((False, off), (True, on)):
+        said = why_not(a_view(**changes), setting)
+        assert (said is None) == (expected is None)
+        assert expected is None or expected in str(said)
+
+
+def test_a_network_with_containers() -> None:
+    """A network is known with the containers whose namespaces are there; the engine is asked for a
+    namespace once.
+    """
+    reader = Reader(a_view(containers=(a_container(2), a_container(3))), a_view("1", labels={}))
+    reader.engine.sandboxes = {"c2": "/var/run/docker/netns/aa", "c3": "/var/run/docker/netns/bb"}
+    assert reader.networks.once() == REPEAT
+    (known,) = reader.networks.known()
+    assert (known.view.name, known.bridge) == ("app0", "br-000000000000")
+    assert [(each.id, each.container, str(each.sandbox)) for each in known.endpoints] == [
+        ("e02", "app-2", "/host/netns/aa"),
+        ("e03", "app-3", "/host/netns/bb"),
+    ]
+    reader.networks.once()
+    assert reader.engine.asked == ["c2", "c3"]
+    assert reader.changes == 1
+
+
+def test_the_bridge_has_a_name_of_its_own() -> None:
+    """The name that the user gave the bridge is the one that the router learns."""
+    options = {"com.docker.network.bridge.name": "docker0"}
+    reader = Reader(a_view(containers=(a_container(2),), options=options))
+    reader.engine.sandboxes = {"c2": "/netns/aa"}
+    reader.networks.once()
+    assert reader.networks.known()[0].bridge == "docker0"
+
+
+def test_a_container_that_just_starts() -> None:
+    """A container without a namespace is looked at soon again, for a while; it comes as soon as it
+    has one.
+    """
+    reader = Reader(a_view(containers=(a_container(2),)))
+    assert reader.networks.once() == SOON
+    assert reader.networks.known() == ()
+    reader.now += PATIENCE + 1
+    assert reader.networks.once() == REPEAT
+    reader.engine.sandboxes = {"c2": "/netns/aa"}
+    reader.networks.once()
+    assert len(reader.networks.known()) == 1
+
+
+def test_a_container_leaves() -> None:
+    """A container that has left its network is forgotten, and its namespace with it."""
+    reader = Reader(a_view(containers=(a_container(2), a_container(3))))
+    reader.engine.sandboxes = {"c2": "/netns/aa", "c3": "/netns/bb"}
+    reader.networks.once()
+    reader.engine.views["0" * 64] = a_view(containers=(a_container(3),))
+    reader.networks.once()
+    assert [each.id for each in reader.networks.known()[0].endpoints] == ["e03"]
+    reader.engine.views["0" * 64] = a_view(containers=(a_container(2), a_container(3)))
+    reader.networks.once()
+    assert reader.engine.asked == ["c2", "c3", "c2"]
+    assert reader.changes == 3
+
+
+def test_a_silent_engine() -> None:
+    """While the engine doesn't answer, the last answer holds."""
+    reader = Reader(a_view(containers=(a_container(2),)))
+    reader.engine.sandboxes = {"c2": "/netns/aa"}
+    reader.networks.once()
+    known = reader.networks.known()
+    reader.engine.down = True
+    assert reader.networks.once() == RETRY
+    assert reader.networks.known() == known
+    assert reader.changes == 1
+
+
+def read(*views: NetworkView) -> tuple[OtherNetwork, ...]:
+    """The networks, each container with a namespace of its own."""
+    reader = Reader(*views)
+    reader.engine.sandboxes = {f"c{n}": f"/netns/{n}" for n in range(10)}
+    reader.networks.once()
+    return reader.networks.known()
+
+
+def number(_endpoint: str, path: Path) -> int | None:
+    """The namespace of container N is N; containers 9 have none."""
+    return None if path.name == "9" else int(path.name)
+
+
+FREEFLOW = RouterSnapshot(
+    endpoints=(EndpointFact(id="f", network="n", addresses=("172.21.0.3",), namespace=3),),
+    networks=(NetworkFact(id="n", subnets=("172.21.0.0/16",)),),
+)
+
+
+def test_the_routers_snapshot() -> None:
+    """The router learns a network's driver, bridge and subnets, and each container's addresses; of
+    FreeFlow's networks it knows the same as before.
+    """
+    whole = with_others(FREEFLOW, read(a_view(containers=(a_container(2), a_container(9)))), number)
+    assert whole.networks[0] == FREEFLOW.networks[0]
+    assert whole.endpoints[0] == FREEFLOW.endpoints[0]
+    (network,), (endpoint,) = whole.networks[1:], whole.endpoints[1:]
+    assert (network.kind, network.bridge) == ("bridge", "br-000000000000")
+    assert (network.subnets, network.rdma, network.relay) == (("172.20.0.0/16",), False, False)
+    assert (endpoint.namespace, endpoint.addresses) == (2, ("172.20.0.2", "fd00::2"))
+    assert Knowledge(whole).accelerated >= Knowledge(FREEFLOW).accelerated
+
+
+def test_networks_without_containers_are_left_out() -> None:
+    """A network none of whose containers has a namespace isn't told, as FreeFlow's own."""
+    assert with_others(FREEFLOW, read(a_view(containers=(a_container(9),))), number) == FREEFLOW
+
+
+def test_addresses_that_tell_no_container() -> None:
+    """An address of two containers of one network, or of one container on two networks, is no
+    one's: no pair could be proven by it.
+    """
+    twice = replace(a_container(4), address=IPv4Interface("172.20.0.2/16"), ipv6=None)
+    taken = replace(a_container(3, network="1"), ipv6=None)
+    networks = read(a_view(containers=(a_container(2), twice)), a_view("1", containers=(taken,)))
+    whole = with_others(FREEFLOW, networks, number)
+    found = {each.id: each.addresses for each in whole.endpoints}
+    assert found == {"f": ("172.21.0.3",), "e02": ("fd00::2",), "e04": (), "e13": ()}
+
+
+def test_labels_of_the_engine() -> None:
+    """A network's labels are read from the engine's answer; Go's null means none."""
+    assert parse_network({"Id": "x", "Labels": LABELLED}).labels == LABELLED
+    assert parse_network({"Id": "x", "Labels": None}).labels == {}
