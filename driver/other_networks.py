@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from dataplane.control import EndpointFact, NetworkFact, RouterSnapshot
 from driver.errors import EngineError
 from driver.model import IPAddress, LocalContainer, NetworkView
-from driver.names import short
+from driver.names import is_freeflow, short
 from driver.worker import Worker
 
 log = structlog.get_logger()
@@ -97,11 +97,21 @@ def why_not(view: NetworkView, on: bool) -> str | None:
         return f"its label {LABEL} is off"
     if label != "on" and not on:
         return f"it has no label {LABEL}=on"
+    if is_freeflow(view.driver):
+        return "it is FreeFlow's own"
     if view.driver != BRIDGE:
         return f"FreeFlow doesn't know what the driver {view.driver} has between two containers"
     if view.options.get(_ICC, "true") not in _TRUE:
         return f"its containers may not reach each other ({_ICC})"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedNetwork:
+    """A network that asks for acceleration by its label, and why it can't have it."""
+
+    view: NetworkView
+    reason: str
 
 
 class OtherNetworks:
@@ -126,6 +136,7 @@ class OtherNetworks:
         self._changed = changed
         self._clock = clock
         self._known: tuple[OtherNetwork, ...] = ()
+        self._refused: tuple[RefusedNetwork, ...] = ()
         self._keys: dict[str, str] = {}
         """Docker's path of an endpoint's namespace, by the endpoint's ID; it never changes."""
         self._missing: dict[str, float] = {}
@@ -134,8 +145,12 @@ class OtherNetworks:
         self._listener = Worker("other-networks-events", self._listen, retry=RETRY)
 
     def known(self) -> tuple[OtherNetwork, ...]:
-        """The accelerated networks that have containers here, by ID."""
+        """The accelerated networks, by ID, with or without containers."""
         return self._known
+
+    def asking(self) -> tuple[OtherNetwork | RefusedNetwork, ...]:
+        """The same, and networks whose label asks for acceleration in vain."""
+        return (*self._known, *self._refused)
 
     def wake(self) -> None:
         """Read everything soon: something has changed."""
@@ -180,16 +195,22 @@ class OtherNetworks:
         return SOON if any(until > now for until in self._missing.values()) else REPEAT
 
     def _read(self, before: Mapping[str, float]) -> Iterator[OtherNetwork]:
-        for listed in self._directory.all_networks():
+        listing = self._directory.all_networks()
+        self._refused = tuple(
+            RefusedNetwork(each, reason)
+            for each in listing
+            if each.labels.get(LABEL) == "on"
+            and not is_freeflow(each.driver)
+            and (reason := why_not(each, self._on)) is not None
+        )
+        for listed in listing:
             if why_not(listed, self._on) is not None:
                 continue
             view = self._directory.network(listed.id)
             if view is None:
                 continue
-            endpoints = tuple(self._endpoints(view, before))
-            if endpoints:
-                bridge = view.options.get(_NAME) or f"br-{short(view.id)}"
-                yield OtherNetwork(view, bridge, endpoints)
+            bridge = view.options.get(_NAME) or f"br-{short(view.id)}"
+            yield OtherNetwork(view, bridge, tuple(self._endpoints(view, before)))
 
     def _endpoints(self, view: NetworkView, before: Mapping[str, float]) -> Iterator[OtherEndpoint]:
         for container in view.containers:

@@ -188,6 +188,7 @@ def compose(
         started=time.monotonic(),
         clock=time.monotonic,
         deaths=deaths,
+        others=core.others.asking,
     )
     networks = _runtime_networks(paths, settings, core)
     changes.on_wake.append(networks.publish)
@@ -269,6 +270,8 @@ def _runtime_networks(paths: HostPaths, settings: Settings, core: Core) -> Runti
         paths.admin_socket.with_name(FILE),
         on=settings.acceleration == "on",
         swarm=settings.scope == "global",
+        others=core.others.known,
+        all_others=settings.other_networks == "on",
     )
 
 

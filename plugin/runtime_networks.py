@@ -1,4 +1,4 @@
-"""Tells freeflow-runc which networks are FreeFlow's.
+"""Tells freeflow-runc which networks are accelerated.
 
 freeflow-runc asks when a container is created (`plugin/runtime/question.c`). A file answers for the
 networks that this host has; it needs no process, so it also works while the plugin restarts. For a
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -24,6 +24,7 @@ import structlog
 from driver.errors import EngineError, FreeFlowError
 from driver.model import Network, NetworkView
 from driver.names import is_freeflow
+from driver.other_networks import OtherNetwork, why_not
 from driver.vip_table import NetworkState
 
 log = structlog.get_logger()
@@ -70,7 +71,8 @@ class _Engine(Protocol):
 class RuntimeNetworks:
     """`states` are the sync loop's, by network ID. `on`: whether this host accelerates at all.
 
-    `swarm`: whether the driver's networks are the Swarm's (SCOPE=global).
+    `swarm`: whether the driver's networks are the Swarm's (SCOPE=global). `others`: accelerated
+    networks of other drivers, and `all_others` the setting OTHER_NETWORKS.
     """
 
     store: _Store
@@ -79,6 +81,8 @@ class RuntimeNetworks:
     path: Path
     on: bool = True
     swarm: bool = True
+    others: Callable[[], Sequence[OtherNetwork]] = tuple
+    all_others: bool = False
     _written: bytes | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -87,7 +91,7 @@ class RuntimeNetworks:
         if not self.on:
             return {}
         states = self.states()
-        found = {}
+        found = {network.view.id: network.view.name for network in self.others()}
         for network in self.store.networks():
             if network.acceleration:
                 state = states.get(network.id)
@@ -131,7 +135,9 @@ class RuntimeNetworks:
             # The engine knows all networks but those of the Swarm that this host has not used yet.
             # Nobody here can tell their drivers, and on another network the library does nothing.
             return self.swarm
-        return is_freeflow(view.driver) and view.options.get("acceleration", "on") != "off"
+        if not is_freeflow(view.driver):
+            return why_not(view, self.all_others) is None
+        return view.options.get("acceleration", "on") != "off"
 
 
 def _replace(path: Path, content: bytes) -> None:

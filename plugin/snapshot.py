@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
 from driver.model import Endpoint, Network
+from driver.other_networks import OtherNetwork, RefusedNetwork
 from driver.sync import NetworkState
 from plugin import problems
 from plugin.calls import CallStatistics
@@ -34,6 +35,7 @@ from plugin.status import (
     GuardStatus,
     HostStatus,
     NetworkStatus,
+    OtherNetworkStatus,
     PeerStatus,
     RouterStatus,
     Status,
@@ -89,6 +91,24 @@ def _with_sums(network: NetworkStatus, sums: Counts) -> NetworkStatus:
     return msgspec.structs.replace(network, rx_bytes=received, tx_bytes=sent, spoofed=dropped)
 
 
+def _other(network: OtherNetwork | RefusedNetwork) -> OtherNetworkStatus:
+    view = network.view
+    reason, endpoints = "", network.endpoints if isinstance(network, OtherNetwork) else ()
+    if isinstance(network, RefusedNetwork):
+        reason = network.reason
+    return OtherNetworkStatus(
+        id=view.id,
+        name=view.name,
+        driver=view.driver,
+        reason=reason,
+        subnets=[str(subnet.pool) for subnet in view.subnets],
+        containers={
+            endpoint.container: [str(address) for address in endpoint.addresses]
+            for endpoint in endpoints
+        },
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Call it for a `Status`. `failures` are errors at start; `started` and `clock` in seconds."""
@@ -105,6 +125,7 @@ class Snapshot:
     clock: Callable[[], float]
     deaths: Deaths = field(default_factory=Deaths)
     totals: Totals = field(default_factory=lambda: Totals(3))
+    others: Callable[[], Sequence[OtherNetwork | RefusedNetwork]] = tuple
 
     def __call__(self) -> Status:
         now = self.clock()
@@ -135,6 +156,7 @@ class Snapshot:
                 list(guarded.ports), guarded.reason, [str(sender) for sender in guarded.strangers]
             ),
             parts=self.deaths.all(),
+            other_networks=[_other(network) for network in self.others()],
         )
 
     def _networks(self, now: float, stage: Stage) -> list[NetworkStatus]:

@@ -109,6 +109,21 @@ class NetworkStatus(msgspec.Struct, frozen=True):
     """Whether containers have a device of verbs on it, unless `VERBS` is off."""
 
 
+class OtherNetworkStatus(msgspec.Struct, frozen=True):
+    """A network of another driver that asks for acceleration. `containers` of this host have
+    these addresses there.
+
+    `reason`: why it isn't accelerated; empty: it is.
+    """
+
+    id: str
+    name: str
+    driver: str
+    reason: str = ""
+    subnets: list[str] = []
+    containers: dict[str, list[str]] = {}
+
+
 class RouterStatus(RouterCounts, frozen=True, kw_only=True):
     """The router of accelerated connections, as it describes itself; `up`: whether it answers.
 
@@ -221,3 +236,4 @@ class Status(msgspec.Struct, frozen=True):
     fastpath: FastPathStatus | None = None
     guard: GuardStatus | None = None
     parts: list[PartStatus] = []
+    other_networks: list[OtherNetworkStatus] = []

@@ -14,6 +14,7 @@ from plugin.cli.terminal import shown_all
 from plugin.status import (
     Finding,
     NetworkStatus,
+    OtherNetworkStatus,
     RouterStatus,
     ServiceStatus,
     Status,
@@ -238,6 +239,14 @@ def _network(network: NetworkStatus) -> str:
     return text
 
 
+def _other_network(network: OtherNetworkStatus) -> str:
+    what = f"network {network.name}  {network.id[:12]}  {network.driver}"
+    if network.reason:
+        return f"{what}: not accelerated, {network.reason}\n"
+    rows = [(name, ", ".join(addresses)) for name, addresses in network.containers.items()]
+    return f"{what}, {', '.join(network.subnets)}\n" + table(("CONTAINER", "ADDRESSES"), rows)
+
+
 def _tasks(tasks: list[str]) -> str:
     rest = f" and {len(tasks) - _SHOWN} more" if len(tasks) > _SHOWN else ""
     return (", ".join(tasks[:_SHOWN]) or "none") + rest
@@ -270,20 +279,24 @@ def show_status(status: Status) -> str:
     status = shown_all(status)
     head = _host(status) + _router(status) + _fastpath(status) + _parts(status)
     parts = [verdict(status) + "\n", head]
-    parts += [_network(network) + _paths(status, network) for network in status.networks]
+    parts += [_network(network) + _paths(status, network.id) for network in status.networks]
     if not status.networks:
         parts.append(
             "no networks on this host; docker network create -d freeflow:latest --attachable NAME\n"
         )
+    parts += [
+        _other_network(network) + _paths(status, network.id, network.driver)
+        for network in status.other_networks
+    ]
     if status.problems:
         parts.append(findings(status.problems))
     return "\n".join(parts)
 
 
-def _paths(status: Status, network: NetworkStatus) -> str:
+def _paths(status: Status, network: str, kind: str = "overlay") -> str:
     """A network's connections by path; empty if there are none, or the router doesn't answer."""
     router = status.router
-    counts = [entry for entry in router.paths if entry.network == network.id] if router else []
+    counts = [entry for entry in router.paths if entry.network == network] if router else []
     if not counts:
         return ""
     fast = {
@@ -293,7 +306,7 @@ def _paths(status: Status, network: NetworkStatus) -> str:
     slower = [entry for entry in counts if entry.path not in fast]
     others = [entry for entry in counts if entry.path not in ("shm", "rdma", "relay")]
     parts = [f"{count} on {path}" for path, count in fast.items() if count or path == "shm"]
-    parts.append(f"{sum(entry.count for entry in slower)} on overlay")
+    parts.append(f"{sum(entry.count for entry in slower)} on {kind}")
     text = f"  connections: {', '.join(parts)}"
     if others:
         text += f" ({', '.join(f'{entry.reason} {entry.count}' for entry in others)})"
@@ -304,7 +317,7 @@ def show_connections(found: Connections) -> str:
     """All connections, then an explanation of the reasons' words."""
     found = shown_all(found)
     if not found.connections:
-        return "no connections: no container on a FreeFlow network of this host has one\n"
+        return "no connections: no container on an accelerated network of this host has one\n"
     text = table(
         ("CONTAINER", "LOCAL", "REMOTE", "PATH", "WHY"),
         [

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from driver.other_networks import (
     SOON,
     OtherNetwork,
     OtherNetworks,
+    RefusedNetwork,
     why_not,
     with_others,
 )
@@ -39,7 +41,7 @@ def a_container(number: int, *, network: str = "0") -> LocalContainer:
     )
 
 
-def a_view(network: str = "0", **changes: object) -> NetworkView:
+def a_view(network: str = "0", /, **changes: Any) -> NetworkView:
     made = NetworkView(
         id=network * 64,
         name=f"app{network}",
@@ -48,7 +50,7 @@ def a_view(network: str = "0", **changes: object) -> NetworkView:
         subnets=(Subnet(IPv4Network(f"172.2{network}.0.0/16")),),
         labels=LABELLED,
     )
-    return replace(made, **changes)  # type: ignore[arg-type]
+    return replace(made, **changes)
 
 
 class FakeEngine:
@@ -160,12 +162,29 @@ def test_a_container_that_just_starts() -> None:
     """
     reader = Reader(a_view(containers=(a_container(2),)))
     assert reader.networks.once() == SOON
-    assert reader.networks.known() == ()
+    assert reader.networks.known()[0].endpoints == ()
     reader.now += PATIENCE + 1
     assert reader.networks.once() == REPEAT
     reader.engine.sandboxes = {"c2": "/netns/aa"}
     reader.networks.once()
-    assert len(reader.networks.known()) == 1
+    assert len(reader.networks.known()[0].endpoints) == 1
+
+
+def test_networks_that_ask_in_vain() -> None:
+    """A network that asks by its label and can't be accelerated is named with the reason; one that
+    doesn't ask is not, nor FreeFlow's own.
+    """
+    reader = Reader(
+        a_view("0", driver="macvlan"),
+        a_view("1", labels={}, driver="macvlan"),
+        a_view("2", driver="freeflow:latest"),
+        a_view("3"),
+    )
+    reader.networks.once()
+    asking = reader.networks.asking()
+    assert [each.view.name for each in asking] == ["app3", "app0"]
+    assert isinstance(asking[1], RefusedNetwork)
+    assert "macvlan" in asking[1].reason
 
 
 def test_a_container_leaves() -> None:

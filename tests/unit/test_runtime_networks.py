@@ -12,6 +12,7 @@ import pytest
 
 from driver.errors import EngineError
 from driver.model import Network, NetworkView
+from driver.other_networks import OtherNetwork
 from driver.vip_table import NetworkState
 from plugin.admin import create_admin
 from plugin.cli.preload import FOLDER, PRELOAD
@@ -51,6 +52,8 @@ class FakeDirectory:
             "front": NetworkView("three", "front", "registry:5000/freeflow:latest"),
             "slow": NetworkView("4", "slow", "freeflow:latest", options={"acceleration": "off"}),
             "web_default": NetworkView("five", "web_default", "bridge"),
+            "app": NetworkView("six", "app", "bridge", labels={"freeflow.accelerate": "on"}),
+            "own": NetworkView("seven", "own", "bridge", labels={"freeflow.accelerate": "off"}),
         }
         self.asked: list[str] = []
         self.fails = False
@@ -114,6 +117,23 @@ def test_known_networks_need_no_engine(networks: RuntimeNetworks) -> None:
     assert answer(networks, "any", identifier="two")
     assert isinstance(networks.engine, FakeDirectory)
     assert networks.engine.asked == []
+
+
+def test_networks_of_other_drivers(networks: RuntimeNetworks) -> None:
+    """A network of another driver counts if its label asks for it, or with the setting, if it does
+    not refuse. Those that are known are in the list.
+    """
+    assert answer(networks, "app")
+    assert not answer(networks, "own")
+    assert not answer(networks, "web_default")
+    networks.all_others = True
+    assert answer(networks, "web_default")
+    assert not answer(networks, "own")
+    view = NetworkView("eight", "bridge", "bridge")
+    networks.others = lambda: (OtherNetwork(view, "docker0", ()),)
+    networks.publish()
+    content = msgspec.json.decode(networks.path.read_bytes(), type=NetworkList)
+    assert content.networks == {"one": "back", "two": "", "eight": "bridge"}
 
 
 def test_the_engine_tells_the_driver(networks: RuntimeNetworks) -> None:
