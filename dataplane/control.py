@@ -144,7 +144,7 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     peers: tuple[str, ...] = ()
     """Addresses of the other hosts that share it."""
     kind: str = "overlay"
-    """The path of its connections over TCP: overlay, or the driver's name if it isn't FreeFlow's."""
+    """The path of its connections over TCP: overlay, or another driver's name."""
     bridge: str = ""
     """The bridge in the host's own namespace that carries it; empty: there is none. Such a network
     has no other hosts."""
@@ -434,8 +434,8 @@ class TrafficFacts(msgspec.Struct, frozen=True, kw_only=True, tag="traffic"):
 class PathCount(msgspec.Struct, frozen=True):
     """The number of ends of connections in containers of this host that share path and reason.
 
-    `path` is as in `ConnectionFact`; the plugin tells overlay+ebpf from overlay. `reason`: one word,
-    why it is the network's kind.
+    `path` is as in `ConnectionFact`; the plugin tells overlay+ebpf from overlay. `reason`: one
+    word, why it is the network's kind.
     """
 
     network: str
