@@ -99,14 +99,15 @@ def check_network(name: str, status: Status) -> Iterator[Finding]:
         for network in status.networks
         if any(endpoint.container == name for endpoint in network.endpoints)
     ]
-    if not networks:
+    others = any(name in network.containers for network in status.other_networks)
+    if not networks and not others:
         yield Finding(
             "error",
-            f"{name} is on no FreeFlow network",
-            "only FreeFlow networks are accelerated",
+            f"{name} is on no network that is accelerated",
+            "only FreeFlow networks are, and bridges with the label freeflow.accelerate=on",
             f"docker network connect NETWORK {name}",
         )
-    elif not any(network.acceleration for network in networks):
+    elif not others and not any(network.acceleration for network in networks):
         yield Finding(
             "warning",
             f"acceleration is off on all networks of {name}",

@@ -18,7 +18,7 @@ from plugin.cli.container_check import examine_container
 from plugin.cli.doctor import DoctorReport
 from plugin.cli.loaded import host_file, inspect_process
 from plugin.cli.preload import LIBRARY
-from plugin.status import Status
+from plugin.status import OtherNetworkStatus, Status
 from tests.unit.documented import is_documented
 from tests.unit.sockets import engine, served
 from tests.unit.statuses import LISTED, LISTED_VERBS, admin_answers, network, status
@@ -238,7 +238,19 @@ def test_no_library_on_the_host(world: World) -> None:
 def test_other_networks(world: World) -> None:
     """A container without a FreeFlow network, or without an accelerated one, is found."""
     world.status = status(networks=[network(endpoints=[])])
-    assert world.said() == [f"{NAME} is on no FreeFlow network"]
+    assert world.said() == [f"{NAME} is on no network that is accelerated"]
+
+
+def test_a_network_of_another_driver(world: World) -> None:
+    """A container on an accelerated bridge is well; one on a bridge that asks in vain is not."""
+    found = OtherNetworkStatus(
+        id="b", name="app", driver="bridge", containers={NAME: ["172.20.0.2"]}
+    )
+    world.status = status(networks=[], other_networks=[found])
+    assert world.said() == []
+    found = OtherNetworkStatus(id="b", name="app", driver="macvlan", reason="it is a macvlan")
+    world.status = status(networks=[], other_networks=[found])
+    assert world.said() == [f"{NAME} is on no network that is accelerated"]
     world.status = status(networks=[network(acceleration=False)])
     assert world.said() == [f"acceleration is off on all networks of {NAME}"]
     world.status = status(settings={"ACCELERATION": "off"})

@@ -12,7 +12,7 @@ from dataplane.control import ConnectionFact, Connections, PathCount
 from driver.kernel.fastpath import Stage
 from plugin.cli.show import show_status
 from plugin.paths import FAST, PathLabels, relabel
-from plugin.status import FastPathStatus
+from plugin.status import FastPathStatus, OtherNetworkStatus
 from tests.unit.facts import FakeKernelFacts
 from tests.unit.statuses import NET, network, status
 from tests.unit.test_snapshot import World
@@ -116,3 +116,30 @@ def test_status_counts_connections_by_path() -> None:
         replace(made, router=router)
     )
     assert Stage().networks == frozenset()
+
+
+def test_status_shows_networks_of_other_drivers() -> None:
+    """A network of another driver is shown with its containers and its connections, those on TCP
+    by the driver's name; or with the reason why it isn't accelerated.
+    """
+    made = status(
+        networks=[],
+        other_networks=[
+            OtherNetworkStatus(
+                "b" * 64,
+                "app",
+                "bridge",
+                subnets=["172.20.0.0/16"],
+                containers={"db": ["172.20.0.2"]},
+            ),
+            OtherNetworkStatus("c" * 64, "lan", "macvlan", reason="it is a macvlan"),
+        ],
+    )
+    assert made.router is not None
+    counts = [PathCount("b" * 64, "shm", "", 4), PathCount("b" * 64, "bridge", "short", 1)]
+    text = show_status(replace(made, router=replace(made.router, paths=counts)))
+    assert "network app  bbbbbbbbbbbb  bridge, 172.20.0.0/16" in text
+    assert "db" in text
+    assert "172.20.0.2" in text
+    assert "connections: 4 on shm, 1 on bridge (short 1)" in text
+    assert "network lan  cccccccccccc  macvlan: not accelerated, it is a macvlan" in text
