@@ -41,6 +41,8 @@ GATHER: Final = 0.05
 """Seconds for which changes are collected: a compose application makes many at once."""
 REPEAT: Final = 30.0
 """Seconds after which the engine is asked again, in case an event was lost."""
+AGAIN: Final = 1.0
+"""Seconds after an event's first look for a second one: the event may have come before the fact."""
 RETRY: Final = 2.0
 """Seconds after which an engine that didn't answer is asked again."""
 SOON: Final = 0.1
@@ -141,6 +143,8 @@ class OtherNetworks:
         """Docker's path of an endpoint's namespace, by the endpoint's ID; it never changes."""
         self._missing: dict[str, float] = {}
         """Endpoints whose namespace isn't known, each with the time until which it is awaited."""
+        self._hinted = False
+        """Whether an event has come since the last look."""
         self._reader = Worker("other-networks", self.once, retry=RETRY)
         self._listener = Worker("other-networks-events", self._listen, retry=RETRY)
 
@@ -154,6 +158,7 @@ class OtherNetworks:
 
     def wake(self) -> None:
         """Read everything soon: something has changed."""
+        self._hinted = True
         self._reader.wake()
 
     def start(self) -> None:
@@ -180,6 +185,7 @@ class OtherNetworks:
     def once(self) -> float:
         """Read what the engine lists; returns the seconds until the next look."""
         before, self._missing = self._missing, {}
+        hinted, self._hinted = self._hinted, False
         try:
             found = tuple(sorted(self._read(before), key=lambda each: each.view.id))
         except EngineError as error:
@@ -192,7 +198,9 @@ class OtherNetworks:
             self._known = found
             self._changed()
         now = self._clock()
-        return SOON if any(until > now for until in self._missing.values()) else REPEAT
+        if any(until > now for until in self._missing.values()):
+            return SOON
+        return AGAIN if hinted else REPEAT
 
     def _read(self, before: Mapping[str, float]) -> Iterator[OtherNetwork]:
         listing = self._directory.all_networks()

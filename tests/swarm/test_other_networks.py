@@ -60,6 +60,20 @@ def answers(host: Host, client: str, target: str, port: int = 6379) -> bool:
     return "PONG" in host.exec(client, *ping, check=False)
 
 
+def wait_answer(host: Host, client: str, target: str, port: int = 6379) -> None:
+    """Wait until a redis answers a client's container."""
+    wait_until(f"redis on {host.engine}", lambda: answers(host, client, target, port), 60)
+
+
+def wait_shared(host: Host) -> None:
+    """Wait until both connections of a benchmark are in shared memory."""
+
+    def shared() -> bool:
+        return paths(host, ":6379").count(("shm", "")) >= 2
+
+    wait_until(f"shared memory on {host.engine}", shared, 60)
+
+
 def start_pair(host: Host, network: str, *options: str) -> tuple[str, str]:
     """A redis and its client on a network, both with the library; their names."""
     server = run_container(host, network, *LIBRARY, *options, command=REDIS)
@@ -74,13 +88,9 @@ def test_a_labelled_bridge_is_accelerated(bed: Bed) -> None:
     for host in bed.hosts[:3]:
         with bridge(host, *LABEL) as network:
             server, client = start_pair(host, network)
-            wait_until("redis", lambda h=host, c=client, s=server: answers(h, c, s), 30)
+            wait_answer(host, client, server)
             with benchmark(host, client, server):
-                wait_until(
-                    f"shared memory on {host.engine}",
-                    lambda h=host: paths(h, ":6379").count(("shm", "")) >= 2,
-                    30,
-                )
+                wait_shared(host)
                 (listed,) = host.status()["other_networks"]
                 assert (listed["name"], listed["driver"]) == (network, "bridge")
                 assert set(listed["containers"]) == {server, client}
@@ -96,7 +106,7 @@ def test_other_bridges_stay_as_they_are(manager: Host) -> None:
     for options in ((), ("--label", "freeflow.accelerate=off")):
         with bridge(manager, *options) as network:
             server, client = start_pair(manager, network)
-            wait_until("redis", lambda c=client, s=server: answers(manager, c, s), 30)
+            wait_answer(manager, client, server)
             with benchmark(manager, client, server):
                 assert paths(manager, ":6379") == []
             assert manager.status()["other_networks"] == []
@@ -118,7 +128,7 @@ def test_published_ports(manager: Host) -> None:
         gateway = manager.docker(
             *("network", "inspect", "-f", "{{(index .IPAM.Config 0).Gateway}}", network)
         ).strip()
-        wait_until("redis", lambda: answers(manager, client, host, 16379), 30)
+        wait_answer(manager, client, host, 16379)
         for target in (host, gateway):
             for box in (client, server):
                 with benchmark(manager, box, target, 16379):
@@ -132,7 +142,7 @@ def test_what_the_firewall_drops(manager: Host) -> None:
     """
     with bridge(manager, *LABEL) as network:
         server, client = start_pair(manager, network)
-        wait_until("redis", lambda: answers(manager, client, server), 30)
+        wait_answer(manager, client, server)
         rule = ("DOCKER-USER", "-p", "tcp", "--dport", "6379", "-j", "DROP")
         manager.run("iptables", "-I", *rule)
         try:
@@ -146,9 +156,9 @@ def test_an_internal_network(manager: Host) -> None:
     """An internal bridge is accelerated, and leads nowhere else."""
     with bridge(manager, *LABEL, "--internal") as network:
         server, client = start_pair(manager, network)
-        wait_until("redis", lambda: answers(manager, client, server), 30)
+        wait_answer(manager, client, server)
         with benchmark(manager, client, server):
-            wait_until("shared memory", lambda: ("shm", "") in paths(manager, ":6379"), 30)
+            wait_shared(manager)
         outside = ("timeout", "2", "redis-cli", "-h", "192.168.77.254", "ping")
         assert "PONG" not in manager.exec(client, *outside, check=False)
 
@@ -159,15 +169,15 @@ def test_a_container_leaves_the_network(manager: Host) -> None:
     """
     with bridge(manager, *LABEL) as network:
         server, client = start_pair(manager, network)
-        wait_until("redis", lambda: answers(manager, client, server), 30)
+        wait_answer(manager, client, server)
         with benchmark(manager, client, server):
-            wait_until("shared memory", lambda: ("shm", "") in paths(manager, ":6379"), 30)
+            wait_shared(manager)
         manager.docker("network", "disconnect", network, server)
         assert not answers(manager, client, server)
         other = run_container(manager, network, *LIBRARY, command=REDIS)
-        wait_until("the other", lambda: answers(manager, client, other), 30)
+        wait_answer(manager, client, other)
         with benchmark(manager, client, other):
-            wait_until("shared memory", lambda: ("shm", "") in paths(manager, ":6379"), 30)
+            wait_shared(manager)
 
 
 def test_with_the_runtime(manager: Host) -> None:
@@ -192,12 +202,12 @@ def test_restarts(manager: Host, what: str) -> None:
     with bridge(manager, *LABEL) as network:
         server, client = start_pair(manager, network, "--restart", "always")
         manager.docker("update", "--restart", "always", client)
-        wait_until("redis", lambda: answers(manager, client, server), 30)
+        wait_answer(manager, client, server)
         if what == "plugin":
             manager.docker("plugin", "disable", "-f", "freeflow:latest")
             manager.docker("plugin", "enable", "freeflow:latest")
         else:
             manager.restart_dockerd()
-        wait_until("redis again", lambda: answers(manager, client, server), 60)
+        wait_answer(manager, client, server)
         with benchmark(manager, client, server):
-            wait_until("shared memory", lambda: ("shm", "") in paths(manager, ":6379"), 60)
+            wait_shared(manager)

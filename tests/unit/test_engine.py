@@ -17,6 +17,7 @@ NETWORK = {"Id": "n1", "Name": "backend", "Driver": "freeflow:latest"}
 KEY = "/var/run/docker/netns/1a2b"
 ANSWERS: dict[str, Any] = {
     "/version": {"ApiVersion": "1.41"},
+    "/v1.41/networks": [NETWORK, {"Id": "n2", "Driver": "bridge", "Labels": {"a": "b"}}],
     "/v1.41/networks/n1": NETWORK,
     "/v1.41/networks/list": [],
     "/v1.41/networks/failing": 500,
@@ -48,6 +49,12 @@ def test_an_answer_that_is_no_network(directory: DockerDirectory, network: str) 
     with pytest.raises(EngineError) as caught:
         directory.network(network)
     assert caught.value.remedy
+
+
+def test_networks_of_all_drivers(directory: DockerDirectory) -> None:
+    """All networks are listed with driver and labels."""
+    found = [(each.id, each.driver, each.labels) for each in directory.all_networks()]
+    assert found == [("n1", "freeflow:latest", {}), ("n2", "bridge", {"a": "b"})]
 
 
 def test_where_a_sandbox_is(directory: DockerDirectory) -> None:

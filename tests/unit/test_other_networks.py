@@ -16,6 +16,7 @@ from driver.answers import parse_network
 from driver.errors import EngineError
 from driver.model import LocalContainer, NetworkView, Subnet
 from driver.other_networks import (
+    AGAIN,
     PATIENCE,
     REPEAT,
     RETRY,
@@ -185,6 +186,14 @@ def test_networks_that_ask_in_vain() -> None:
     assert [each.view.name for each in asking] == ["app3", "app0"]
     assert isinstance(asking[1], RefusedNetwork)
     assert "macvlan" in asking[1].reason
+
+
+def test_an_event_before_its_fact() -> None:
+    """An event is followed by two looks, because the first may come before the engine lists it."""
+    reader = Reader(a_view())
+    reader.networks.wake()
+    assert reader.networks.once() == AGAIN
+    assert reader.networks.once() == REPEAT
 
 
 def test_a_container_leaves() -> None:
