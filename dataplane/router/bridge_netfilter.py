@@ -1,33 +1,62 @@
 """Whether netfilter sees the packets that a bridge forwards: br_netfilter's settings.
 
-https://docs.kernel.org/networking/ip-sysctl.html, bridge-nf-call-iptables; a bridge's own are
-nf_call_iptables and nf_call_ip6tables in its directory of sysfs.
+https://docs.kernel.org/networking/ip-sysctl.html, bridge-nf-call-iptables. A bridge has its own
+settings beside those of its namespace: IFLA_BR_NF_CALL_IPTABLES of linux/if_link.h.
 """
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from dataplane.nlmsg import Netlink, attribute, attributes
+
+# linux/rtnetlink.h, linux/if_link.h
+_GETLINK: Final = 18
+_IFLA_IFNAME: Final = 3
+_IFLA_LINKINFO: Final = 18
+_INFO_DATA: Final = 2
+_CALL: Final = {4: 36, 6: 37}
+_IFINFO: Final = struct.Struct("=BxHiII")
+_TIMEOUT: Final = 1.0
+
 _ALL: Final = {4: "bridge-nf-call-iptables", 6: "bridge-nf-call-ip6tables"}
-_OWN: Final = {4: "nf_call_iptables", 6: "nf_call_ip6tables"}
 
 
-def is_filtered(bridge: str, version: int, root: Path = Path("/")) -> bool:
+def own_setting(bridge: str, version: int) -> bool:
+    """The setting of a bridge in this process's network namespace.
+
+    Raises:
+        OSError, ValueError, KeyError: there is no such bridge, or the kernel doesn't tell.
+    """
+    channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    channel.settimeout(_TIMEOUT)
+    with contextlib.closing(Netlink(channel)) as netlink:
+        name = attribute(_IFLA_IFNAME, bridge.encode() + b"\0")
+        link = netlink.get(_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + name)
+    info = dict(attributes(link, _IFINFO.size))[_IFLA_LINKINFO]
+    return any(dict(attributes(dict(attributes(info))[_INFO_DATA]))[_CALL[version]])
+
+
+def is_filtered(
+    bridge: str,
+    version: int,
+    root: Path = Path("/"),
+    own: Callable[[str, int], bool] = own_setting,
+) -> bool:
     """Whether packets of this IP version pass the hooks of this process's network namespace.
 
-    A setting that can't be read counts as on.
+    A setting that can't be read counts as on. `root` and `own` are for tests.
     """
     settings = root / "proc/sys/net/bridge"
     if not settings.exists():
         # br_netfilter isn't loaded.
         return False
-    own = root / "sys/class/net" / bridge / "bridge" / _OWN[version]
-    return _is_on(settings / _ALL[version]) or _is_on(own)
-
-
-def _is_on(path: Path) -> bool:
     try:
-        return path.read_text().strip() != "0"
-    except OSError:
+        return (settings / _ALL[version]).read_text().strip() != "0" or own(bridge, version)
+    except (OSError, ValueError, KeyError):
         return True

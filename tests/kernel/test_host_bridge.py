@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 import pytest
 from pyroute2 import IPRoute
 
+from dataplane.router.bridge_netfilter import is_filtered
 from dataplane.router.library_wire import Address
 from dataplane.router.socket_table import LinuxSocketTable, Namespaces
 from driver.kernel.namespace import in_netns
@@ -163,6 +164,22 @@ def test_a_connection_that_passes(host: BridgedHost, target: str, filtered: bool
         assert host.carries(*ends(client)) == (True, True)
 
 
+def test_a_bridge_with_its_own_setting(host: BridgedHost) -> None:
+    """Netfilter sees the packets of a bridge whose own setting is on, whatever the namespace's
+    is.
+    """
+    host.netfilter(on=False)
+    settings = host.inside(lambda: [is_filtered(BRIDGE, version) for version in (4, 6)])
+    assert settings == [False, False]
+    host.inside(
+        lambda: subprocess.run(
+            ["ip", "link", "set", BRIDGE, "type", "bridge", "nf_call_iptables", "1"], check=True
+        )
+    )
+    settings = host.inside(lambda: [is_filtered(BRIDGE, version) for version in (4, 6)])
+    assert settings == [True, False]
+
+
 @pytest.mark.parametrize("family", ["10.66.0", "fd66:"])
 def test_a_connection_that_does_not_exist(host: BridgedHost, family: str) -> None:
     """Where netfilter sees all packets, two sockets without packets between them aren't a
@@ -195,6 +212,8 @@ def test_a_connection_that_is_translated(host: BridgedHost) -> None:
     """A connection that the host leads to another container isn't one with the container whose
     address the client sees.
     """
+    # Without it br_netfilter drops what is translated.
+    host.inside(lambda: sysctl("net.ipv4.ip_forward=1"))
     host.nft("""
         table ip translating {
             chain prerouting {

@@ -116,7 +116,7 @@ class Reader:
         ({"driver": "macvlan"}, "macvlan", "macvlan"),
         ({"driver": "host", "labels": {}}, "no label", "host"),
         ({"driver": "overlay"}, "overlay", "overlay"),
-        ({"driver": "freeflow:latest"}, "freeflow", "freeflow"),
+        ({"driver": "freeflow:latest"}, "own", "own"),
         ({"internal": True}, None, None),
     ],
 )
