@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+from driver.answers import parse_network
 from driver.errors import EngineError, InvalidRequest
 from driver.names import is_freeflow
+from driver.other_networks import BRIDGE, LABEL, why_not
 from plugin.cli import preload
 from plugin.cli.client import Engine
 from plugin.cli.image import Start, Verdict, environment, examine_image, split_words, start_of
@@ -293,8 +295,10 @@ def _is_own(
         real = external.get("name") if isinstance(external, dict) else content.get("name")
         answer = _driver_of(engine, str(real or name))
     else:
-        driver = str(content.get("driver") or "overlay")
-        answer = None if "$" in driver else is_freeflow(driver)
+        # Without a driver it is a bridge for docker compose; for a stack the library does nothing.
+        driver = str(content.get("driver") or BRIDGE)
+        asks = driver == BRIDGE and pairs(content.get("labels")).get(LABEL) == "on"
+        answer = None if "$" in driver else is_freeflow(driver) or asks
     known[name] = answer
     return answer
 
@@ -311,7 +315,10 @@ def _driver_of(engine: Engine, network: str) -> bool | None:
         found = engine.find(f"/networks/{quote(network, safe='')}")
     except EngineError:
         return None
-    return None if found is None else is_freeflow(str(_mapping(found).get("Driver")))
+    if found is None:
+        return None
+    view = parse_network(_mapping(found))
+    return is_freeflow(view.driver) or why_not(view, on=False) is None
 
 
 def _words(value: Any) -> list[str] | None:

@@ -343,6 +343,21 @@ def test_external_networks(tmp_path: Path) -> None:
     assert not any("network one" in note for note in outcome.notes)
 
 
+def test_labelled_bridges(tmp_path: Path) -> None:
+    """Services on a bridge whose label asks for acceleration get the library, be it the file's or
+    external.
+    """
+    text = (
+        "services:\n  a: {image: x, networks: [one]}\n  b: {image: x, networks: [two]}\n  c: {image: x}\n  d: {image: x, networks: [three]}\n"
+        'networks:\n  one: {external: true, name: mine}\n  two: {labels: ["freeflow.accelerate=on"]}\n'
+        '  three: {driver: macvlan, labels: {freeflow.accelerate: "on"}}\n'
+    )
+    answers = {"/networks/mine": {"Driver": "bridge", "Labels": {"freeflow.accelerate": "on"}}}
+    with served(engine(answers), tmp_path / "docker.sock") as path:
+        outcome = inject_stack(text, "stack.yml", Engine(path))
+    assert outcome.injected == ("a", "b")
+
+
 def test_chosen_services() -> None:
     """--service chooses services on any network, notes useless ones, and refuses unknown names."""
     text = "services:\n  a: {image: x}\n  b: {image: x}\n"
