@@ -89,15 +89,23 @@ class OtherNetwork:
     endpoints: tuple[OtherEndpoint, ...]
 
 
+def switch(label: str | None) -> bool | None:
+    """What a label says; None: nothing.
+
+    Docker's reader of stacks makes true and false of on and off that are written without quotes.
+    """
+    return {"on": True, "true": True, "off": False, "false": False}.get(label or "")
+
+
 def why_not(view: NetworkView, on: bool) -> str | None:
     """Why a network of another driver isn't accelerated; None: it is.
 
     `on` is the setting OTHER_NETWORKS.
     """
-    label = view.labels.get(LABEL, "")
-    if label == "off":
+    asks = switch(view.labels.get(LABEL))
+    if asks is False:
         return f"its label {LABEL} is off"
-    if label != "on" and not on:
+    if not asks and not on:
         return f"it has no label {LABEL}=on"
     if is_freeflow(view.driver):
         return "it is FreeFlow's own"
@@ -207,7 +215,7 @@ class OtherNetworks:
         self._refused = tuple(
             RefusedNetwork(each, reason)
             for each in listing
-            if each.labels.get(LABEL) == "on"
+            if switch(each.labels.get(LABEL))
             and not is_freeflow(each.driver)
             and (reason := why_not(each, self._on)) is not None
         )

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from dataplane.control import VerbsDeviceFact
 from driver.errors import EngineError, FreeFlowError
+from driver.other_networks import LABEL, switch
 from plugin.cli import preload, verbs_check
 from plugin.cli.client import Client, Engine, host_run
 from plugin.cli.doctor import DoctorReport
@@ -71,7 +72,7 @@ def why_not_by_runtime(name: str, container: dict[str, Any]) -> str:
     config = container.get("Config") or {}
     if (container.get("HostConfig") or {}).get("Runtime") != RUNTIME:
         return f"its runtime isn't {RUNTIME}"
-    if (config.get("Labels") or {}).get("freeflow.accelerate") == "off":
+    if switch((config.get("Labels") or {}).get(LABEL)) is False:
         return "its label freeflow.accelerate is off"
     if "FREEFLOW=off" in (config.get("Env") or ()):
         return "its variable FREEFLOW is off"

@@ -27,7 +27,7 @@ from urllib.parse import quote
 from driver.answers import parse_network
 from driver.errors import EngineError, InvalidRequest
 from driver.names import is_freeflow
-from driver.other_networks import BRIDGE, LABEL, why_not
+from driver.other_networks import BRIDGE, LABEL, switch, why_not
 from plugin.cli import preload
 from plugin.cli.client import Engine
 from plugin.cli.image import Start, Verdict, environment, examine_image, split_words, start_of
@@ -297,8 +297,8 @@ def _is_own(
     else:
         # Without a driver it is a bridge for docker compose; for a stack the library does nothing.
         driver = str(content.get("driver") or BRIDGE)
-        asks = driver == BRIDGE and pairs(content.get("labels")).get(LABEL) == "on"
-        answer = None if "$" in driver else is_freeflow(driver) or asks
+        asks = driver == BRIDGE and switch(pairs(content.get("labels")).get(LABEL))
+        answer = None if "$" in driver else is_freeflow(driver) or bool(asks)
     known[name] = answer
     return answer
 

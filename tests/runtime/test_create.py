@@ -150,12 +150,16 @@ def test_forms_of_the_option(world: RuntimeWorld, form: str) -> None:
     assert accelerated(world.result())
 
 
-@pytest.mark.parametrize("variant", ["label", "variable", "library", "settings", "foreign"])
+@pytest.mark.parametrize(
+    "variant", ["label", "false", "variable", "library", "settings", "foreign"]
+)
 def test_opting_out(world: RuntimeWorld, variant: str) -> None:
     """Label, variable, uninstalling, a missing library, and another network leave it alone."""
     config = world.config()
     if variant == "label":
         world.describe({"front": NETWORK}, {"freeflow.accelerate": "off"})
+    elif variant == "false":
+        world.describe({"front": NETWORK}, {"freeflow.accelerate": "false"})
     elif variant == "variable":
         config["process"]["env"].append("FREEFLOW=off")
     elif variant == "library":

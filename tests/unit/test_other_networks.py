@@ -110,6 +110,8 @@ class Reader:
         ({"labels": {}}, "no label", None),
         ({"labels": {"freeflow.accelerate": "off"}}, "is off", "is off"),
         ({"labels": {"freeflow.accelerate": "yes"}}, "no label", None),
+        ({"labels": {"freeflow.accelerate": "true"}}, None, None),
+        ({"labels": {"freeflow.accelerate": "false"}}, "is off", "is off"),
         ({"options": {ICC: "false"}}, "may not reach", "may not reach"),
         ({"options": {ICC: "F"}}, "may not reach", "may not reach"),
         ({"options": {ICC: "true"}}, None, None),
