@@ -1,12 +1,15 @@
-"""Whether netfilter sees the packets that a bridge forwards: br_netfilter's settings.
+"""Whether rules of the host may apply to the packets that a bridge forwards.
 
+There are two kinds. br_netfilter passes such packets to the rules for IP, if a setting says so:
 https://docs.kernel.org/networking/ip-sysctl.html, bridge-nf-call-iptables. A bridge has its own
-settings beside those of its namespace: IFLA_BR_NF_CALL_IPTABLES of linux/if_link.h.
+settings beside those of its namespace: IFLA_BR_NF_CALL_IPTABLES of linux/if_link.h. And nftables
+has tables of the family bridge, which ebtables uses too (not ebtables-legacy).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
 from collections.abc import Callable
@@ -24,7 +27,33 @@ _CALL: Final = {4: 36, 6: 37}
 _IFINFO: Final = struct.Struct("=BxHiII")
 _TIMEOUT: Final = 1.0
 
+# linux/netfilter/nfnetlink.h, nf_tables.h, linux/netfilter.h
+_NETLINK_NETFILTER: Final = 12
+_GETTABLE: Final = 10 << 8 | 1
+_NFGEN: Final = struct.Struct("!BBH")
+_NFPROTO_BRIDGE: Final = 7
+_NO_NFTABLES: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)
+"""What the kernel answers without nf_tables."""
+
 _ALL: Final = {4: "bridge-nf-call-iptables", 6: "bridge-nf-call-ip6tables"}
+
+
+def _netlink(protocol: int) -> contextlib.closing[Netlink]:
+    channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+    channel.settimeout(_TIMEOUT)
+    return contextlib.closing(Netlink(channel))
+
+
+def has_tables() -> bool:
+    """Whether this process's network namespace has a table of the family bridge.
+
+    True too if the kernel doesn't tell.
+    """
+    try:
+        with _netlink(_NETLINK_NETFILTER) as netlink:
+            return bool(netlink.dump(_GETTABLE, _NFGEN.pack(_NFPROTO_BRIDGE, 0, 0)))
+    except OSError as error:
+        return error.errno not in _NO_NFTABLES
 
 
 def own_setting(bridge: str, version: int) -> bool:
@@ -33,9 +62,7 @@ def own_setting(bridge: str, version: int) -> bool:
     Raises:
         OSError, ValueError, KeyError: there is no such bridge, or the kernel doesn't tell.
     """
-    channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-    channel.settimeout(_TIMEOUT)
-    with contextlib.closing(Netlink(channel)) as netlink:
+    with _netlink(socket.NETLINK_ROUTE) as netlink:
         name = attribute(_IFLA_IFNAME, bridge.encode() + b"\0")
         link = netlink.get(_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + name)
     info = dict(attributes(link, _IFINFO.size))[_IFLA_LINKINFO]

@@ -22,7 +22,7 @@ import msgspec
 from dataplane.errors import KernelRefused
 from dataplane.nlmsg import DONE, DUMP, ERROR, Netlink
 from dataplane.router import tcp_counters
-from dataplane.router.bridge_netfilter import is_filtered
+from dataplane.router.bridge_netfilter import has_tables, is_filtered
 from dataplane.router.conntrack import Conntrack
 from dataplane.router.library_wire import Address, ip_of
 from dataplane.router.netlink_socket import netlink_in, netlink_in_each
@@ -374,10 +374,10 @@ class LinuxSocketTable:
             return False
         if any(entry.is_translated for entry in known):
             return False
-        # Where netfilter sees the packets it knows each connection, unless its rules drop it: two
-        # containers could make sockets that claim to be connected.
+        # Two containers that rules keep apart could make sockets that claim to be connected. Rules
+        # for IP have let pass what connection tracking knows; others don't tell.
         passed = any(entry.answered for entry in known)
-        return passed or not is_filtered(bridge, local.ip.version)
+        return passed or not (is_filtered(bridge, local.ip.version) or has_tables())
 
     def _state(
         self, namespace: int, local: Address, remote: Address, cookie: int | None

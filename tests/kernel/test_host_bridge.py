@@ -108,6 +108,7 @@ class BridgedHost:
         family = socket.AF_INET6 if ":" in target else socket.AF_INET
         listener = in_netns(self.containers[server], lambda: socket.socket(family))
         with listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("", 80))
             listener.listen()
             client = in_netns(
@@ -178,6 +179,20 @@ def test_a_bridge_with_its_own_setting(host: BridgedHost) -> None:
     )
     settings = host.inside(lambda: [is_filtered(BRIDGE, version) for version in (4, 6)])
     assert settings == [True, False]
+
+
+def test_rules_of_the_family_bridge(host: BridgedHost) -> None:
+    """Where rules of the family bridge may keep containers apart, only a connection that the rules
+    for IP have let pass is carried.
+    """
+    host.nft("table bridge apart {\n chain f {\n type filter hook forward priority 0\n }\n}")
+    with host.connection() as client:
+        assert host.carries(*ends(client)) == (True, True)
+    host.netfilter(on=False)
+    with host.connection() as client:
+        assert host.carries(*ends(client)) == (False, False)
+        host.nft("delete table bridge apart")
+        assert host.carries(*ends(client)) == (True, True)
 
 
 @pytest.mark.parametrize("family", ["10.66.0", "fd66:"])
