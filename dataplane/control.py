@@ -145,9 +145,12 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     """Addresses of the other hosts that share it."""
     kind: str = "overlay"
     """The path of its connections over TCP: overlay, or another driver's name."""
+    foreign: bool = False
+    """Whether it is another driver's: only connections within this host are paired, after more
+    proofs."""
     bridge: str = ""
-    """The bridge in the host's own namespace that carries it; empty: there is none. Such a network
-    has no other hosts."""
+    """Of such a network, the bridge in the host's own namespace that carries it; empty: there is
+    none."""
 
 
 class RouterSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):

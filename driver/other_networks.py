@@ -309,5 +309,6 @@ def _network_fact(network: OtherNetwork) -> NetworkFact:
         verbs=False,
         subnets=tuple(str(subnet.pool) for subnet in view.subnets),
         kind=view.driver,
+        foreign=True,
         bridge=network.bridge,
     )

@@ -86,16 +86,31 @@ class Admission:
             for server in (one, other)
         )
 
-    def is_carried(self, request: PairRequest, network: KnownNetwork) -> bool:
+    def is_carried(self, one: PairRequest, other: PairRequest, network: KnownNetwork) -> bool:
         """Whether two requests that fit are ends of one connection on this network.
 
-        A network of FreeFlow's has nothing between its containers. A bridge in the host's own
-        namespace may have a firewall or a proxy there.
+        FreeFlow's networks have nothing between two containers, and their VIPs are known. On
+        another driver's either container's namespace may translate connections (Docker's overlay
+        has its VIPs there), and so may the host's, if the network is a bridge there. Then the two
+        could have another peer each.
         """
-        message = request.message
+        if not network.foreign:
+            return True
+        if not all(map(self._is_plain, (one, other))):
+            return False
+        message = one.message
         return not network.bridge or self._sockets.is_carried(
             network.bridge, message.local, message.remote
         )
+
+    def _is_plain(self, request: PairRequest) -> bool:
+        """Whether the request's own namespace doesn't translate its connection.
+
+        An end's addresses are those of the first packet, or of the answers to it.
+        """
+        local, remote = request.message.local, request.message.remote
+        found = self._sockets.translated(request.namespace, local, remote)
+        return found in (None, (remote, local), (local, remote))
 
     def _clients(self, request: Request, network: KnownNetwork) -> int:
         """How many sockets of the client lead to this server, by its address or by a VIP."""

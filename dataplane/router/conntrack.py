@@ -80,11 +80,11 @@ class Conntrack:
         self._netlink.close()
 
     def translated(self, local: Address, remote: Address) -> tuple[Address, Address] | None:
-        """The server that a TCP connection over IPv4 leads to, and the client as it is seen there.
+        """The server that a TCP connection leads to, and the client as it is seen there.
 
         None: the kernel does not track the connection.
         """
-        found = self.find(local, remote) if local.ip.version == 4 else None
+        found = self.find(local, remote)
         return None if found is None else (found.reply.source, found.reply.target)
 
     def find(self, local: Address, remote: Address) -> TrackedConnection | None:

@@ -62,8 +62,10 @@ class KnownNetwork:
     """The addresses of `owners` as text, sorted: what peers are told."""
     kind: str = "overlay"
     """The path of connections over TCP."""
+    foreign: bool = False
+    """Whether it is another driver's."""
     bridge: str = ""
-    """The bridge in the host's own namespace that carries the network; empty: there is none."""
+    """Of such a network, the bridge in the host's own namespace; empty: there is none."""
 
     def may_use(self, transport: Transport) -> bool:
         """Whether connections to other hosts may use a transport."""
@@ -115,6 +117,7 @@ class Knowledge:
                 verbs_direct=fact.verbs_direct,
                 peers=frozenset(ip_address(text) for text in fact.peers),
                 kind=fact.kind,
+                foreign=fact.foreign,
                 bridge=fact.bridge,
             )
         self.underlay = ip_address(facts.underlay) if facts.underlay else None

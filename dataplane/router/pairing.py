@@ -233,7 +233,7 @@ class Pairing:
                 request.ambiguous = True
             return
         partner = partners[0]
-        if not self._admission.is_carried(waiting, network):
+        if not self._admission.is_carried(waiting, partner, network):
             self.refuse(waiting, Reason.INTERCEPTED)
             self.refuse(partner, Reason.INTERCEPTED)
             return

@@ -176,7 +176,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
 
     def why_not(self, network: KnownNetwork) -> Reason | None:
         """Why no connection of a network can get a path to another host; None: some may."""
-        if network.bridge:
+        if network.foreign:
             return Reason.NO_ENDPOINT
         allowed = set(filter(network.may_use, Transport))
         if not allowed:

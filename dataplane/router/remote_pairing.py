@@ -71,7 +71,7 @@ class NoRemotePairing:
     """There are no other hosts, so `pair` is never called."""
 
     def why_not(self, network: KnownNetwork) -> Reason | None:
-        return Reason.NO_ENDPOINT if network.bridge else Reason.REMOTE
+        return Reason.NO_ENDPOINT if network.foreign else Reason.REMOTE
 
     def why_waiting(self, request: PairRequest) -> Reason:
         return Reason.REMOTE

@@ -23,7 +23,7 @@ BRIDGE = "br-0123456789ab"
 def bridged(facts: RouterSnapshot) -> RouterSnapshot:
     """The same with a bridge below network n1, and no service there."""
     networks = tuple(
-        replace(each, kind="bridge", bridge=BRIDGE, vips={}, rdma=False, relay=False)
+        replace(each, kind="bridge", foreign=True, bridge=BRIDGE, vips={}, rdma=False, relay=False)
         if each.id == NET
         else each
         for each in facts.networks
@@ -62,6 +62,27 @@ def test_a_connection_that_the_host_takes_apart(world: World) -> None:
     assert [reason for reason, _ in notes] == [Reason.INTERCEPTED]
     world.connect(a, b, 5001)
     assert len(world.grants(a)) == 1
+
+
+def test_a_connection_that_a_container_translates(world: World) -> None:
+    """Where either container's namespace leads a connection elsewhere, or changes its source, the
+    two sockets whose addresses fit are no pair; where it only tracks the connection, they are.
+    """
+    client, server = at("10.0.4.1:5000"), at("10.0.4.2:80")
+    tracked = (server, client)
+    for port, (namespace, ends, found) in enumerate(
+        [
+            (1, (client, server), (at("10.0.4.3:80"), client)),
+            (1, (client, server), (server, at("10.0.4.1:6000"))),
+            (2, (server, client), (at("10.0.4.2:8080"), client)),
+            (1, (client, server), tracked),
+            (2, (server, client), tracked),
+        ]
+    ):
+        a, b = world.process(1), world.process(2)
+        world.kernel.translations = {(namespace, *ends): found}
+        world.connect(a, b, 5000)
+        assert len(world.grants(a)) == (port > 2), port
 
 
 def test_addresses_without_a_container(world: World) -> None:
