@@ -11,6 +11,7 @@ enough. What the router adds to the proofs is in `SocketTable.is_carried`.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,7 +48,8 @@ RETRY: Final = 2.0
 """Seconds after which an engine that didn't answer is asked again."""
 SOON: Final = 0.1
 PATIENCE: Final = 30.0
-"""Seconds for which the namespace of a listed container is awaited, one look each `SOON`."""
+"""Seconds for which the namespace of a listed container is awaited. The first look comes after
+`SOON`, later ones when a quarter of the time so far has passed again."""
 
 
 class NetworkDirectory(Protocol):
@@ -150,7 +152,7 @@ class OtherNetworks:
         self._keys: dict[str, str] = {}
         """Docker's path of an endpoint's namespace, by the endpoint's ID; it never changes."""
         self._missing: dict[str, float] = {}
-        """Endpoints whose namespace isn't known, each with the time until which it is awaited."""
+        """Endpoints whose namespace isn't known, each with the time of the first look."""
         self._hinted = False
         """Whether an event has come since the last look."""
         self._reader = Worker("other-networks", self.once, retry=RETRY)
@@ -205,10 +207,9 @@ class OtherNetworks:
         if found != self._known:
             self._known = found
             self._changed()
-        now = self._clock()
-        if any(until > now for until in self._missing.values()):
-            return SOON
-        return AGAIN if hinted else REPEAT
+        waited = [self._clock() - since for since in self._missing.values()]
+        pauses = [max(SOON, each / 4) for each in waited if each < PATIENCE]
+        return min([*pauses, AGAIN if hinted else REPEAT])
 
     def _read(self, before: Mapping[str, float]) -> Iterator[OtherNetwork]:
         listing = self._directory.all_networks()
@@ -232,8 +233,8 @@ class OtherNetworks:
         for container in view.containers:
             key = self._key(container)
             if not key:
-                until = before.get(container.endpoint_id, self._clock() + PATIENCE)
-                self._missing[container.endpoint_id] = until
+                since = before.get(container.endpoint_id, self._clock())
+                self._missing[container.endpoint_id] = since
                 continue
             addresses = (container.address, container.ipv6)
             yield OtherEndpoint(
@@ -244,7 +245,11 @@ class OtherNetworks:
             )
 
     def _key(self, container: LocalContainer) -> str | None:
-        key = self._keys.get(container.endpoint_id) or self._directory.sandbox_key(container.id)
+        key = self._keys.get(container.endpoint_id)
+        if key is None:
+            # The engine answers for a container once it has started, which may take long.
+            with contextlib.suppress(EngineError):
+                key = self._directory.sandbox_key(container.id)
         if key:
             self._keys[container.endpoint_id] = key
         return key

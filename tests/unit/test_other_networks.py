@@ -62,6 +62,7 @@ class FakeEngine:
         self.sandboxes: dict[str, str] = {}
         self.asked: list[str] = []
         self.down = False
+        self.busy: set[str] = set()
 
     def all_networks(self) -> tuple[NetworkView, ...]:
         self._answer()
@@ -76,6 +77,8 @@ class FakeEngine:
 
     def sandbox_key(self, container_id: str) -> str | None:
         self._answer()
+        if container_id in self.busy:
+            raise EngineError("it doesn't answer in time")
         self.asked.append(container_id)
         return self.sandboxes.get(container_id)
 
@@ -166,11 +169,22 @@ def test_a_container_that_just_starts() -> None:
     reader = Reader(a_view(containers=(a_container(2),)))
     assert reader.networks.once() == SOON
     assert reader.networks.known()[0].endpoints == ()
-    reader.now += PATIENCE + 1
+    reader.now += 8
+    assert reader.networks.once() == 2
+    reader.now += PATIENCE
     assert reader.networks.once() == REPEAT
     reader.engine.sandboxes = {"c2": "/netns/aa"}
     reader.networks.once()
     assert len(reader.networks.known()[0].endpoints) == 1
+
+
+def test_a_container_that_starts_slowly() -> None:
+    """A container for which the engine doesn't answer delays no other container."""
+    reader = Reader(a_view(containers=(a_container(2), a_container(3))))
+    reader.engine.sandboxes = {"c3": "/netns/bb"}
+    reader.engine.busy = {"c2"}
+    assert reader.networks.once() == SOON
+    assert [each.id for each in reader.networks.known()[0].endpoints] == ["e03"]
 
 
 def test_networks_that_ask_in_vain() -> None:
