@@ -162,6 +162,7 @@ def parse_network(answer: Mapping[str, Any]) -> NetworkView:
         ipv6=answer.get("EnableIPv6") is True,
         internal=answer.get("Internal") is True,
         labels=_texts(answer.get("Labels")),
+        ingress=answer.get("Ingress") is True,
     )
 
 

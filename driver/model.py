@@ -119,7 +119,8 @@ class NetworkView:
 
     `scope` is the engine's: "swarm" for networks that Swarm distributes to the hosts. `others` are
     addresses of containers, on any host, that belong to no service. `options`, `subnets`, `ipv6`
-    and `internal` serve to restore a network whose row is lost; `labels` are the user's.
+    and `internal` serve to restore a network whose row is lost; `labels` are the user's. `ingress`:
+    it is the Swarm's own, for published ports.
     """
 
     id: str
@@ -135,6 +136,7 @@ class NetworkView:
     ipv6: bool = False
     internal: bool = False
     labels: dict[str, str] = field(default_factory=dict)
+    ingress: bool = False
 
 
 @dataclass(frozen=True, slots=True)

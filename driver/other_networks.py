@@ -5,8 +5,9 @@ event says that one has changed, and now and then. If the engine does not answer
 holds.
 
 A network is accelerated if it has the label `freeflow.accelerate=on`, or if the plugin's setting
-OTHER_NETWORKS is on and the label is not off. So far only Docker's bridge driver is known well
-enough. What the router adds to the proofs is in `SocketTable.is_carried`.
+OTHER_NETWORKS is on and the label is not off. The drivers are those of which it is known what they
+have between two containers of one host. What the router adds to the proofs is in
+`Admission.is_carried`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,20 @@ log = structlog.get_logger()
 LABEL: Final = "freeflow.accelerate"
 BRIDGE: Final = "bridge"
 """Docker's driver for networks of one host."""
+OVERLAY: Final = "overlay"
+"""Docker's driver for networks of the Swarm. It has a bridge per host, in a namespace of its own
+without rules."""
+_MODES: Final = {
+    "macvlan": {"macvlan_mode": "bridge"},
+    "ipvlan": {"ipvlan_mode": "l2", "ipvlan_flag": "bridge"},
+}
+"""Options of drivers, with the default values, in which the kernel passes frames between containers
+of one host by itself. In other modes it keeps them apart, or sends them past a switch or a
+firewall."""
 _ICC: Final = "com.docker.network.bridge.enable_icc"
 _NAME: Final = "com.docker.network.bridge.name"
+_BALANCER: Final = "lb-"
+"""What the engine lists in place of a container's ID for its own end of a network, for VIPs."""
 _TRUE: Final = frozenset({"1", "t", "T", "TRUE", "true", "True"})
 """What the engine takes for true (Go's strconv.ParseBool)."""
 
@@ -84,7 +97,8 @@ class OtherEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class OtherNetwork:
-    """An accelerated network of another driver; `bridge` is its device in the host's namespace."""
+    """An accelerated network of another driver; `bridge` is its device in the host's namespace, or
+    empty."""
 
     view: NetworkView
     bridge: str
@@ -111,11 +125,24 @@ def why_not(view: NetworkView, on: bool) -> str | None:
         return f"it has no label {LABEL}=on"
     if is_freeflow(view.driver):
         return "it is FreeFlow's own"
-    if view.driver != BRIDGE:
+    return _why_not_driver(view)
+
+
+def _why_not_driver(view: NetworkView) -> str | None:
+    if view.driver == BRIDGE:
+        apart = view.options.get(_ICC, "true") not in _TRUE
+        return f"its containers may not reach each other ({_ICC})" if apart else None
+    if view.driver == OVERLAY:
+        return "it is the Swarm's own, for published ports" if view.ingress else None
+    modes = _MODES.get(view.driver)
+    if modes is None:
         return f"FreeFlow doesn't know what the driver {view.driver} has between two containers"
-    if view.options.get(_ICC, "true") not in _TRUE:
-        return f"its containers may not reach each other ({_ICC})"
-    return None
+    other = [
+        f"{key}={view.options[key]}"
+        for key in modes
+        if view.options.get(key, "") not in ("", modes[key])
+    ]
+    return f"its containers don't reach each other directly ({', '.join(other)})" if other else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +253,12 @@ class OtherNetworks:
             view = self._directory.network(listed.id)
             if view is None:
                 continue
-            bridge = view.options.get(_NAME) or f"br-{short(view.id)}"
-            yield OtherNetwork(view, bridge, tuple(self._endpoints(view, before)))
+            yield OtherNetwork(view, _bridge_of(view), tuple(self._endpoints(view, before)))
 
     def _endpoints(self, view: NetworkView, before: Mapping[str, float]) -> Iterator[OtherEndpoint]:
         for container in view.containers:
+            if container.id.startswith(_BALANCER):
+                continue
             key = self._key(container)
             if not key:
                 since = before.get(container.endpoint_id, self._clock())
@@ -253,6 +281,13 @@ class OtherNetworks:
         if key:
             self._keys[container.endpoint_id] = key
         return key
+
+
+def _bridge_of(view: NetworkView) -> str:
+    """The network's bridge in the host's own namespace; empty: there is none."""
+    if view.driver != BRIDGE:
+        return ""
+    return view.options.get(_NAME) or f"br-{short(view.id)}"
 
 
 def with_others(

@@ -11,7 +11,14 @@ import pytest
 from testbed import Bed, Host, wait_until
 from testbed.images import WORKLOAD_IMAGE
 from testbed.patience import patience
-from tests.swarm.conftest import LIBRARY, REDIS, run_container, unique
+from tests.swarm.conftest import (
+    LIBRARY,
+    REDIS,
+    make_network,
+    make_service,
+    run_container,
+    unique,
+)
 
 LABEL = ("--label", "freeflow.accelerate=on")
 
@@ -161,6 +168,25 @@ def test_an_internal_network(manager: Host) -> None:
             wait_shared(manager)
         outside = ("timeout", "2", "redis-cli", "-h", "192.168.77.254", "ping")
         assert "PONG" not in manager.exec(client, *outside, check=False)
+
+
+def test_dockers_overlay(manager: Host) -> None:
+    """On a labelled overlay of Docker's, connections to a container's name move, within one host;
+    those to a VIP stay on TCP and work.
+    """
+    name = make_network(manager, *LABEL, driver="overlay")
+    server, client = start_pair(manager, name)
+    wait_answer(manager, client, server)
+    with benchmark(manager, client, server):
+        wait_shared(manager)
+    here = ("--constraint", f"node.hostname=={manager.name}")
+    service = make_service(manager, name, REDIS, *LIBRARY, *here, replicas=1)
+    wait_answer(manager, client, service)
+    with benchmark(manager, client, service):
+        found = wait_until("connections", lambda: paths(manager, ":6379"), 20)
+        assert {path for path, _ in found} == {"overlay"}
+    with benchmark(manager, client, f"tasks.{service}"):
+        wait_shared(manager)
 
 
 def test_a_container_leaves_the_network(manager: Host) -> None:

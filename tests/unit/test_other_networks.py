@@ -118,9 +118,20 @@ class Reader:
         ({"options": {ICC: "false"}}, "may not reach", "may not reach"),
         ({"options": {ICC: "F"}}, "may not reach", "may not reach"),
         ({"options": {ICC: "true"}}, None, None),
-        ({"driver": "macvlan"}, "macvlan", "macvlan"),
+        ({"driver": "macvlan"}, None, None),
+        (
+            {"driver": "macvlan", "options": {"macvlan_mode": "bridge", "parent": "eth0"}},
+            None,
+            None,
+        ),
+        ({"driver": "macvlan", "options": {"macvlan_mode": "private"}}, "private", "private"),
+        ({"driver": "ipvlan", "options": {"ipvlan_mode": ""}}, None, None),
+        ({"driver": "ipvlan", "options": {"ipvlan_mode": "l3s"}}, "l3s", "l3s"),
+        ({"driver": "ipvlan", "options": {"ipvlan_flag": "vepa"}}, "vepa", "vepa"),
+        ({"driver": "weave"}, "weave", "weave"),
         ({"driver": "host", "labels": {}}, "no label", "host"),
-        ({"driver": "overlay"}, "overlay", "overlay"),
+        ({"driver": "overlay"}, None, None),
+        ({"driver": "overlay", "ingress": True}, "published", "published"),
         ({"driver": "freeflow:latest"}, "own", "own"),
         ({"internal": True}, None, None),
     ],
@@ -162,6 +173,21 @@ def test_the_bridge_has_a_name_of_its_own() -> None:
     assert reader.networks.known()[0].bridge == "docker0"
 
 
+def test_a_network_without_a_bridge_of_the_hosts() -> None:
+    """A network of another driver has no bridge in the host's namespace, and what the engine lists
+    for its own VIPs is no container.
+    """
+    balancer = replace(a_container(5), id="lb-app0", endpoint_id="e05")
+    reader = Reader(a_view(driver="overlay", containers=(a_container(2), balancer)))
+    reader.engine.sandboxes = {"c2": "/netns/2"}
+    assert reader.networks.once() == REPEAT
+    (known,) = reader.networks.known()
+    assert (known.bridge, [each.id for each in known.endpoints]) == ("", ["e02"])
+    whole = with_others(RouterSnapshot(), [known], number)
+    assert (whole.networks[0].kind, whole.networks[0].foreign) == ("overlay", True)
+    assert reader.engine.asked == ["c2"]
+
+
 def test_a_container_that_just_starts() -> None:
     """A container without a namespace is looked at soon again, for a while; it comes as soon as it
     has one.
@@ -192,8 +218,8 @@ def test_networks_that_ask_in_vain() -> None:
     doesn't ask is not, nor FreeFlow's own.
     """
     reader = Reader(
-        a_view("0", driver="macvlan"),
-        a_view("1", labels={}, driver="macvlan"),
+        a_view("0", driver="weave"),
+        a_view("1", labels={}, driver="weave"),
         a_view("2", driver="freeflow:latest"),
         a_view("3"),
     )
@@ -201,7 +227,7 @@ def test_networks_that_ask_in_vain() -> None:
     asking = reader.networks.asking()
     assert [each.view.name for each in asking] == ["app3", "app0"]
     assert isinstance(asking[1], RefusedNetwork)
-    assert "macvlan" in asking[1].reason
+    assert "weave" in asking[1].reason
 
 
 def test_an_event_before_its_fact() -> None:

@@ -100,6 +100,22 @@ def test_addresses_without_a_container(world: World) -> None:
     assert world.pairing.counts.refused[Reason.FOREIGN] == 1
 
 
+def test_a_network_without_a_bridge() -> None:
+    """A network of another driver that has nothing in the host's namespace: the host isn't asked,
+    the containers' namespaces are.
+    """
+    world = World()
+    facts = bridged(world.facts)
+    networks = tuple(replace(each, bridge="") for each in facts.networks)
+    world.pairing.replace_snapshot(Knowledge(replace(facts, networks=networks)))
+    a, b = world.process(1), world.process(2)
+    world.connect(a, b, 5000)
+    assert len(world.grants(a)) == 1
+    world.translate(1, "10.0.4.1:5001", "10.0.4.2:80", "10.0.4.3:80")
+    world.connect(a, b, 5001)
+    assert len(world.grants(a)) == 1
+
+
 def test_other_networks_ask_nothing_of_the_host(world: World) -> None:
     """A network of FreeFlow's has nothing of the host's between its containers: it isn't asked."""
     plain = World()
