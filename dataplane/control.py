@@ -125,6 +125,10 @@ class EndpointFact(msgspec.Struct, frozen=True, kw_only=True):
     """The container's name, if that is known."""
 
 
+ANY_DEVICE = "*"
+"""In place of a bridge's name: nobody knows what a driver has in the host's namespace."""
+
+
 class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     """A network that has endpoints on this host."""
 
@@ -146,11 +150,14 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = "overlay"
     """The path of its connections over TCP: overlay, or another driver's name."""
     foreign: bool = False
-    """Whether it is another driver's: only connections within this host are paired, after more
-    proofs."""
+    """Whether it is another driver's: connections are paired after more proofs."""
     bridge: str = ""
-    """Of such a network, the bridge in the host's own namespace that carries it; empty: there is
-    none."""
+    """Of such a network, the bridge in the host's own namespace that carries it; empty: nothing
+    there does; `ANY_DEVICE`: unknown."""
+    trusted: bool = False
+    """The user vouches that nothing keeps its containers apart."""
+    balanced: tuple[str, ...] = ()
+    """Of such a network, addresses behind which its driver chooses a service's task."""
 
 
 class RouterSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):

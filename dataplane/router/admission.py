@@ -40,6 +40,8 @@ class Admission:
         ):
             return Reason.NOT_FOUND
         peer = request.remote.ip
+        if peer in network.balanced:
+            return Reason.BALANCED
         if peer not in network.everywhere and peer not in network.owners and peer not in network:
             return Reason.FOREIGN
         server = None
@@ -86,22 +88,30 @@ class Admission:
             for server in (one, other)
         )
 
-    def is_carried(self, one: PairRequest, other: PairRequest, network: KnownNetwork) -> bool:
-        """Whether two requests that fit are ends of one connection on this network.
+    def why_apart(self, network: KnownNetwork, *ends: PairRequest) -> Reason | None:
+        """Why requests that fit may not be the ends of one connection; None: they are.
 
-        FreeFlow's networks have nothing between two containers, and their VIPs are known. On
-        another driver's either container's namespace may translate connections (Docker's overlay
-        has its VIPs there), and so may the host's, if the network is a bridge there. Then the two
-        could have another peer each.
+        One request, if the other is on another host, whose router asks about it.
+
+        FreeFlow's networks have nothing between two containers, their VIPs are known, and the
+        driver knows at once who has left. On another driver's a container's namespace may translate
+        connections, and so may the host's, if that is between the two. Then each could have another
+        peer. And the engine may have given a container's address to another one a moment ago.
         """
         if not network.foreign:
-            return True
-        if not all(map(self._is_plain, (one, other))):
-            return False
-        message = one.message
-        return not network.bridge or self._sockets.is_carried(
-            network.bridge, message.local, message.remote
-        )
+            return None
+        for end in ends:
+            if not self._sockets.has_address(end.namespace, end.message.local.ip):
+                return Reason.NO_ENDPOINT
+        message = ends[0].message
+        if all(map(self._is_plain, ends)) and (
+            not network.bridge
+            or self._sockets.is_carried(
+                network.bridge, message.local, message.remote, trusted=network.trusted
+            )
+        ):
+            return None
+        return Reason.INTERCEPTED
 
     def _is_plain(self, request: PairRequest) -> bool:
         """Whether the request's own namespace doesn't translate its connection.

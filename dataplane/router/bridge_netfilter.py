@@ -3,7 +3,7 @@
 There are two kinds. br_netfilter passes such packets to the rules for IP, if a setting says so:
 https://docs.kernel.org/networking/ip-sysctl.html, bridge-nf-call-iptables. A bridge has its own
 settings beside those of its namespace: IFLA_BR_NF_CALL_IPTABLES of linux/if_link.h. And nftables
-has tables of the family bridge, which ebtables uses too (not ebtables-legacy).
+has tables of the families bridge, which ebtables uses too (not ebtables-legacy), and netdev.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _TIMEOUT: Final = 1.0
 _NETLINK_NETFILTER: Final = 12
 _GETTABLE: Final = 10 << 8 | 1
 _NFGEN: Final = struct.Struct("!BBH")
+_NFPROTO_NETDEV: Final = 5
 _NFPROTO_BRIDGE: Final = 7
 _NO_NFTABLES: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)
 """What the kernel answers without nf_tables."""
@@ -45,13 +46,16 @@ def _netlink(protocol: int) -> contextlib.closing[Netlink]:
 
 
 def has_tables() -> bool:
-    """Whether this process's network namespace has a table of the family bridge.
+    """Whether this process's network namespace has a table of the families bridge or netdev.
 
     True too if the kernel doesn't tell.
     """
     try:
         with _netlink(_NETLINK_NETFILTER) as netlink:
-            return bool(netlink.dump(_GETTABLE, _NFGEN.pack(_NFPROTO_BRIDGE, 0, 0)))
+            return any(
+                netlink.dump(_GETTABLE, _NFGEN.pack(family, 0, 0))
+                for family in (_NFPROTO_BRIDGE, _NFPROTO_NETDEV)
+            )
     except OSError as error:
         return error.errno not in _NO_NFTABLES
 

@@ -65,7 +65,10 @@ class KnownNetwork:
     foreign: bool = False
     """Whether it is another driver's."""
     bridge: str = ""
-    """Of such a network, the bridge in the host's own namespace; empty: there is none."""
+    """As in `NetworkFact`, as is `trusted`."""
+    trusted: bool = False
+    balanced: frozenset[IPAddress] = frozenset()
+    """Addresses behind which another driver chooses a service's task."""
 
     def may_use(self, transport: Transport) -> bool:
         """Whether connections to other hosts may use a transport."""
@@ -119,6 +122,8 @@ class Knowledge:
                 kind=fact.kind,
                 foreign=fact.foreign,
                 bridge=fact.bridge,
+                trusted=fact.trusted,
+                balanced=frozenset(ip_address(text) for text in fact.balanced),
             )
         self.underlay = ip_address(facts.underlay) if facts.underlay else None
         for endpoint in facts.endpoints:

@@ -143,6 +143,8 @@ def _path(
             return path, None, now - slot.since
     if not network.accelerated:
         return network.kind, Reason.OFF, None
+    if tcp.remote.ip in network.balanced:
+        return network.kind, Reason.BALANCED, None
     local_peer = tcp.remote.ip in network.owners or network.tasks.get(tcp.remote.ip)
     is_remote = tcp.remote.ip in network or tcp.remote.ip in network.tasks
     if not local_peer and not is_remote:

@@ -233,9 +233,10 @@ class Pairing:
                 request.ambiguous = True
             return
         partner = partners[0]
-        if not self._admission.is_carried(waiting, partner, network):
-            self.refuse(waiting, Reason.INTERCEPTED)
-            self.refuse(partner, Reason.INTERCEPTED)
+        why = self._admission.why_apart(network, waiting, partner)
+        if why is not None:
+            self.refuse(waiting, why)
+            self.refuse(partner, why)
             return
         ends = Counter((waiting.namespace, partner.namespace))
         if self._registry.share_too_much(waiting.namespace, partner.namespace) or any(
@@ -275,6 +276,13 @@ class Pairing:
     def is_full(self, namespace: int) -> bool:
         """Whether a container has as many connections in shared memory as it may."""
         return self._registry.is_full(namespace)
+
+    def why_apart(self, waiting: PairRequest) -> Reason | None:
+        """Why the end may not be what another host takes it for; None: it is."""
+        network = self.knowledge.network_of(waiting.namespace, waiting.message.local.ip)
+        if network is None or network.id != waiting.network:
+            return Reason.NO_ENDPOINT
+        return self._admission.why_apart(network, waiting)
 
     def reserve(self, waiting: PairRequest, ring: int, connection: int) -> tuple[Arena, int]:
         """Take a slot for a connection to another host. Its process is not told yet.

@@ -49,6 +49,7 @@ class Reason(IntEnum):
     BULK = 1014
     NO_ENDPOINT = 1015
     INTERCEPTED = 1016
+    BALANCED = 1017
 
     @property
     def word(self) -> str:
@@ -112,7 +113,8 @@ _SENTENCES: Final = {
     Reason.FEW: "too few connections between the two programs are busy for the relays to be faster",
     Reason.SLOW: "its messages, and those of connections beside it, are too few at a time for the relays to be faster",
     Reason.BULK: "it carries bulk data, which the relays would carry no faster",
-    Reason.NO_ENDPOINT: "the engine lists no container of this host with the peer's address on this network",
+    Reason.NO_ENDPOINT: "neither this host nor one with a session has a container with the peer's address on this network",
     Reason.INTERCEPTED: "this host's firewall translates the connection, ends it in a proxy, or doesn't know it",
+    Reason.BALANCED: "the network's driver leads it to a task of a service, and doesn't tell to which",
     Reason.AMBIGUOUS: "several connections of the peer fit: one to a task and one to its service's VIP",
 }

@@ -176,9 +176,9 @@ class Remotes(LentArenas, Generic[SessionsT]):
 
     def why_not(self, network: KnownNetwork) -> Reason | None:
         """Why no connection of a network can get a path to another host; None: some may."""
-        if network.foreign:
-            return Reason.NO_ENDPOINT
         allowed = set(filter(network.may_use, Transport))
+        if network.foreign and not (allowed and network.peers):
+            return Reason.NO_ENDPOINT
         if not allowed:
             return Reason.REMOTE_OFF
         if not network.peers:

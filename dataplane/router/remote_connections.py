@@ -250,8 +250,8 @@ class RemoteConnections:
             or self._pairing.is_full(request.local.namespace)
         ):
             return Reason.LIMIT
-        if not users.is_open(request.local):
-            return Reason.NOT_FOUND
+        if (reason := users.why_not(request.local)) is not None:
+            return reason
         number = next(self._numbers)
         try:
             arena, slot = users.reserve(request.local, ring, number)
@@ -372,8 +372,8 @@ class RemoteConnections:
         self._send(connection, peer_wire.Placement(connection.offer, connection.number, place))
 
     def _check_socket(self, connection: RemoteConnection) -> None:
-        is_open = connection.users.is_open(connection.user)
-        self.step(connection, Event(On.SOCKET_OPEN) if is_open else Event(On.SOCKET_GONE))
+        gone = connection.users.why_not(connection.user) is not None
+        self.step(connection, Event(On.SOCKET_GONE if gone else On.SOCKET_OPEN))
 
     def _pair(self, connection: RemoteConnection) -> None:
         state = connection.state

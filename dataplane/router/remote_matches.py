@@ -54,8 +54,8 @@ class RemoteUsers(Protocol):
     def refuse(self, request: Any, reason: Reason) -> None:
         """There is no path for it."""
 
-    def is_open(self, user: Any) -> bool:
-        """Whether its process still has what it wants a path for."""
+    def why_not(self, user: Any) -> Reason | None:
+        """Why it gets no path: its process has ended it, for instance; None: it may."""
 
     def reserve(self, user: Any, ring: int, connection: int) -> tuple[Arena, int]:
         """Take a slot, with rings of so many bytes. Its process is not told yet.

@@ -243,9 +243,12 @@ class RemoteRequests:
 
     def _wait_for_owner(self, request: RemoteRequest) -> None:
         self._unowned[request.local] = request
-        request.timer = self._loop.after(
-            OWNER_PATIENCE, lambda: self.refuse(request, Reason.REMOTE)
-        )
+        request.timer = self._loop.after(OWNER_PATIENCE, lambda: self._refuse_unowned(request))
+
+    def _refuse_unowned(self, request: RemoteRequest) -> None:
+        known = self._pairing.knowledge.networks.get(request.network)
+        is_foreign = known is not None and known.foreign
+        self.refuse(request, Reason.NO_ENDPOINT if is_foreign else Reason.REMOTE)
 
     def refuse(self, request: RemoteRequest, reason: Reason) -> None:
         """Answer a request: its connection stays on TCP."""
@@ -282,10 +285,15 @@ class RemoteRequests:
         if request is not None:
             request.connection = request.offer = 0
 
-    def is_open(self, local: PairRequest) -> bool:
-        """Whether a process still has the connected socket of a request."""
+    def why_not(self, local: PairRequest) -> Reason | None:
+        """Why a request's connection gets no path; None: it may.
+
+        A process must still have the connected socket.
+        """
         asked = local.message
-        return self._sockets.is_open(local.namespace, asked.local, asked.remote, asked.cookie)
+        if not self._sockets.is_open(local.namespace, asked.local, asked.remote, asked.cookie):
+            return Reason.NOT_FOUND
+        return self._pairing.why_apart(local)
 
     def is_held(self, end: ConnectionEnd) -> bool:
         """Whether any process has the socket of an end."""

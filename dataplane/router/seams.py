@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from dataplane.router import layout
-from dataplane.router.library_wire import Address, Answer
+from dataplane.router.library_wire import Address, Answer, IPAddress
 from dataplane.router.tcp_counters import TcpCounters
 from dataplane.router.verbs_wire import VerbsAnswer
 
@@ -68,9 +68,15 @@ class SocketTable(Protocol):
         """
         ...
 
-    def is_carried(self, bridge: str, local: Address, remote: Address) -> bool:
-        """Whether a connection between two containers on a bridge of this host's own namespace
-        passes it as it is: nothing translates it, ends it, or keeps the two apart.
+    def has_address(self, namespace: int, ip: IPAddress) -> bool:
+        """Whether an address is one of a namespace's own."""
+        ...
+
+    def is_carried(self, bridge: str, local: Address, remote: Address, *, trusted: bool) -> bool:
+        """Whether a container's connection passes this host's own namespace as it is: nothing
+        translates it, ends it, or keeps the two ends apart.
+
+        `bridge` is that of the network, or `ANY_DEVICE`. `trusted`: nothing keeps them apart.
         """
         ...
 

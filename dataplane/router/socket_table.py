@@ -19,12 +19,14 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from dataplane.control import ANY_DEVICE
 from dataplane.errors import KernelRefused
 from dataplane.nlmsg import DONE, DUMP, ERROR, Netlink
 from dataplane.router import tcp_counters
 from dataplane.router.bridge_netfilter import has_tables, is_filtered
 from dataplane.router.conntrack import Conntrack
-from dataplane.router.library_wire import Address, ip_of
+from dataplane.router.library_wire import Address, IPAddress, ip_of
+from dataplane.router.local_addresses import LocalAddresses
 from dataplane.router.netlink_socket import netlink_in, netlink_in_each
 from dataplane.router.seams import SocketEnd
 from dataplane.router.tcp_counters import INFO_WANTED, TcpCounters
@@ -214,6 +216,7 @@ class Namespaces:
         self._held: dict[int, list[int]] = {}
         self._diags: dict[int, tuple[Diag, float]] = {}
         self._tracks: dict[int, tuple[Conntrack, float]] = {}
+        self._addresses: dict[int, tuple[LocalAddresses, float]] = {}
         self.own = self.hold(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
         """The host's own namespace, which is this process's."""
 
@@ -268,6 +271,10 @@ class Namespaces:
         """The translated connections of a namespace. Raises KernelRefused."""
         return self._kept(self._tracks, inode, Conntrack)
 
+    def addresses(self, inode: int) -> LocalAddresses:
+        """The addresses of a namespace. Raises KernelRefused."""
+        return self._kept(self._addresses, inode, LocalAddresses)
+
     def _kept(self, of: dict[int, tuple[T, float]], inode: int, kind: Callable[[int], T]) -> T:
         known = of.get(inode)
         opened = known[0] if known is not None else self._open(inode, kind)
@@ -306,7 +313,7 @@ class Namespaces:
             os.close(descriptor)
 
     def _drop(self, inode: int) -> None:
-        for of in (self._diags, self._tracks):
+        for of in (self._diags, self._tracks, self._addresses):
             known = of.pop(inode, None)
             if known is not None:
                 known[0].close()
@@ -314,13 +321,13 @@ class Namespaces:
     def tidy(self) -> None:
         """Close netlink sockets that were not used for a while."""
         limit = self._clock() - KEEP
-        for of in (self._diags, self._tracks):
+        for of in (self._diags, self._tracks, self._addresses):
             for inode in [inode for inode, (_, used) in of.items() if used < limit]:
                 of.pop(inode)[0].close()
 
     def close(self) -> None:
         """Close everything."""
-        for inode in [*self._diags, *self._tracks]:
+        for inode in [*self._diags, *self._tracks, *self._addresses]:
             self._drop(inode)
         for descriptor, _ in self._held.values():
             os.close(descriptor)
@@ -361,7 +368,13 @@ class LinuxSocketTable:
         except KernelRefused:
             return None
 
-    def is_carried(self, bridge: str, local: Address, remote: Address) -> bool:
+    def has_address(self, namespace: int, ip: IPAddress) -> bool:
+        try:
+            return ip in self._namespaces.addresses(namespace)
+        except KernelRefused:
+            return False
+
+    def is_carried(self, bridge: str, local: Address, remote: Address, *, trusted: bool) -> bool:
         host = self._namespaces.own
         try:
             diag, track = self._namespaces.diag(host), self._namespaces.conntrack(host)
@@ -376,8 +389,11 @@ class LinuxSocketTable:
             return False
         # Two containers that rules keep apart could make sockets that claim to be connected. Rules
         # for IP have let pass what connection tracking knows; others don't tell.
-        passed = any(entry.answered for entry in known)
-        return passed or not (is_filtered(bridge, local.ip.version) or has_tables())
+        if trusted or any(entry.answered for entry in known):
+            return True
+        if bridge == ANY_DEVICE:
+            return False
+        return not (is_filtered(bridge, local.ip.version) or has_tables())
 
     def _state(
         self, namespace: int, local: Address, remote: Address, cookie: int | None

@@ -208,9 +208,10 @@ class RemoteQueuePairs:
         """Its peer can't be had: for ever, or for now."""
         self.fail(request.local, reason)
 
-    def is_open(self, record: QueuePairRecord) -> bool:
-        """Whether its process still has it."""
-        return self._verbs.queue_pairs.get(record.number) is record
+    def why_not(self, record: QueuePairRecord) -> Reason | None:
+        """Its process may have ended it."""
+        is_there = self._verbs.queue_pairs.get(record.number) is record
+        return None if is_there else Reason.NOT_FOUND
 
     def is_held(self, end: SlotEnd) -> bool:
         """Nobody has the queue pairs of a process that has hung up."""

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 import pytest
 from pyroute2 import IPRoute
 
+from dataplane.control import ANY_DEVICE
 from dataplane.router.bridge_netfilter import is_filtered
 from dataplane.router.library_wire import Address
 from dataplane.router.socket_table import LinuxSocketTable, Namespaces
@@ -89,14 +90,19 @@ class BridgedHost:
     def nft(self, rules: str) -> None:
         self.inside(lambda: subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True))
 
-    def carries(self, one: Address, other: Address) -> tuple[bool, bool]:
+    def carries(
+        self, one: Address, other: Address, bridge: str = BRIDGE, *, trusted: bool = False
+    ) -> tuple[bool, bool]:
         """The answer for a connection's addresses as each end has them."""
 
         def ask() -> tuple[bool, bool]:
             namespaces = Namespaces(lambda _: None, time.monotonic)
             table = LinuxSocketTable(namespaces)
             try:
-                return table.is_carried(BRIDGE, one, other), table.is_carried(BRIDGE, other, one)
+                return (
+                    table.is_carried(bridge, one, other, trusted=trusted),
+                    table.is_carried(bridge, other, one, trusted=trusted),
+                )
             finally:
                 namespaces.close()
 
@@ -181,18 +187,58 @@ def test_a_bridge_with_its_own_setting(host: BridgedHost) -> None:
     assert settings == [True, False]
 
 
-def test_rules_of_the_family_bridge(host: BridgedHost) -> None:
-    """Where rules of the family bridge may keep containers apart, only a connection that the rules
-    for IP have let pass is carried.
+@pytest.mark.parametrize("family", ["bridge", "netdev"])
+def test_rules_below_those_for_ip(host: BridgedHost, family: str) -> None:
+    """Where rules of the families bridge or netdev may keep containers apart, only a connection
+    that the rules for IP have let pass is carried.
     """
-    host.nft("table bridge apart {\n chain f {\n type filter hook forward priority 0\n }\n}")
+    host.nft(f"table {family} apart {{\n chain unused {{\n }}\n}}")
     with host.connection() as client:
         assert host.carries(*ends(client)) == (True, True)
     host.netfilter(on=False)
     with host.connection() as client:
         assert host.carries(*ends(client)) == (False, False)
-        host.nft("delete table bridge apart")
+        host.nft(f"delete table {family} apart")
         assert host.carries(*ends(client)) == (True, True)
+
+
+def test_an_unknown_driver(host: BridgedHost) -> None:
+    """Where nobody knows what is between two containers, the host's connection tracking must know
+    the connection, unless the user vouches for the network.
+    """
+    for seen in (True, False):
+        host.netfilter(on=seen)
+        with host.connection() as client:
+            assert host.carries(*ends(client), ANY_DEVICE) == (seen, seen)
+            assert host.carries(*ends(client), ANY_DEVICE, trusted=True) == (True, True)
+
+
+def test_addresses_of_a_namespace(host: BridgedHost) -> None:
+    """A container has the addresses of its interfaces, and no others; one that is removed it has no
+    more, though a connection with it stays.
+    """
+    namespaces = Namespaces(lambda _: None, time.monotonic)
+    try:
+        inode = namespaces.hold(os.dup(host.containers["a"]))
+        table = LinuxSocketTable(namespaces)
+        for own, other in (("10.66.0.2", "10.66.0.3"), ("fd66::2", "fd66::3")):
+            assert table.has_address(inode, ip_address(own))
+            assert not table.has_address(inode, ip_address(other))
+        assert not table.has_address(inode, ip_address("198.51.100.1"))
+        assert not table.has_address(1, ip_address("10.66.0.2"))
+        with host.connection() as client:
+            in_netns(
+                host.containers["a"],
+                lambda: subprocess.run(
+                    ["ip", "address", "del", "10.66.0.2/24", "dev", "eth0"], check=True
+                ),
+            )
+            local, remote = ends(client)
+            assert table.exists(inode, local, remote)
+            assert not table.has_address(inode, local.ip)
+        namespaces.release(inode)
+    finally:
+        namespaces.close()
 
 
 @pytest.mark.parametrize("family", ["10.66.0", "fd66:"])

@@ -15,7 +15,7 @@ from dataplane.errors import KernelRefused
 from dataplane.router import layout
 from dataplane.router import library_wire as wire
 from dataplane.router.knowledge import Knowledge
-from dataplane.router.library_wire import Address, Answer
+from dataplane.router.library_wire import Address, Answer, IPAddress
 from dataplane.router.pairing import Pairing
 from dataplane.router.seams import Sent, SocketEnd
 from dataplane.router.tcp_counters import TcpCounters
@@ -69,6 +69,8 @@ class FakeKernel:
     """By cookie."""
     intercepted: set[tuple[str, Address, Address]] = field(default_factory=set)
     """Bridges, each with both addresses of a connection that the host doesn't carry as it is."""
+    moved: set[tuple[int, IPAddress]] = field(default_factory=set)
+    """Addresses that a namespace doesn't have any more."""
     sampled: int = 0
     """Counters of so many sockets were read."""
 
@@ -96,7 +98,10 @@ class FakeKernel:
     ) -> tuple[Address, Address] | None:
         return self.translations.get((namespace, local, remote))
 
-    def is_carried(self, bridge: str, local: Address, remote: Address) -> bool:
+    def has_address(self, namespace: int, ip: IPAddress) -> bool:
+        return (namespace, ip) not in self.moved
+
+    def is_carried(self, bridge: str, local: Address, remote: Address, *, trusted: bool) -> bool:
         assert bridge
         ends = {(bridge, local, remote), (bridge, remote, local)}
         return not ends & self.intercepted

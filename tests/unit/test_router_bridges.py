@@ -85,6 +85,39 @@ def test_a_connection_that_a_container_translates(world: World) -> None:
         assert len(world.grants(a)) == (port > 2), port
 
 
+@pytest.mark.parametrize("namespace", [1, 2])
+def test_an_address_that_has_gone(world: World, namespace: int) -> None:
+    """A container that doesn't have its address any more is no end: the engine may have given it to
+    another one, of which the router learns later. Both may ask again.
+    """
+    a, b = world.process(1), world.process(2)
+    world.kernel.moved = {(namespace, at(f"10.0.4.{namespace}:1").ip)}
+    world.connect(a, b, 5000)
+    for process in (a, b):
+        assert [refuse.passes for refuse, _ in world.heard(process, wire.Refuse)] == [True]
+    world.kernel.moved = set()
+    world.connect(a, b, 5001)
+    assert len(world.grants(a)) == 1
+
+
+def test_a_load_balancer_of_another_driver() -> None:
+    """A connection to or from an address behind which another driver chooses a task stays on TCP
+    for good, whatever the containers' sockets and connection tracking say.
+    """
+    world = World()
+    facts = bridged(world.facts)
+    networks = tuple(replace(each, balanced=(VIP, "10.0.4.3")) for each in facts.networks)
+    world.pairing.replace_snapshot(Knowledge(replace(facts, networks=networks)))
+    a, b = world.process(1), world.process(3)
+    world.translate(1, "10.0.4.1:5000", f"{VIP}:80", "10.0.4.3:80")
+    world.open_and_ask(a, "10.0.4.1:5000", f"{VIP}:80")
+    world.connect(a, b, 5001)
+    refused = [refuse for refuse, _ in world.heard(a, wire.Refuse)]
+    assert [each.passes for each in refused] == [False, False]
+    notes = world.pairing.containers[1].notes.values()
+    assert {reason for reason, _ in notes} == {Reason.BALANCED}
+
+
 def test_addresses_without_a_container(world: World) -> None:
     """An address of the network that no container is listed with is refused for now: the host's
     own, or that of a container that has just started.
