@@ -28,7 +28,7 @@ from dataplane.errors import DataplaneError
 from driver import options
 from driver.kernel.namespace import is_namespace
 from driver.model import Endpoint, IPAddress, Network
-from driver.other_networks import OtherNetwork, with_others
+from driver.other_networks import OtherNetwork, other_hosts, with_others
 from driver.store import Store
 from driver.vip_table import NetworkState
 from driver.worker import Worker
@@ -147,16 +147,8 @@ def _network(network: Network, state: NetworkState, rule: Rule, own: ThisHost) -
             if tasks
         },
         rule=None if operations is None else replace(rule, operations=operations),
-        peers=_peers(state, own),
+        peers=() if state.view is None else other_hosts(state.view, own.addresses),
     )
-
-
-def _peers(state: NetworkState, own: ThisHost) -> tuple[str, ...]:
-    """The other hosts; empty while it isn't known which of the peers is this host."""
-    if state.view is None or not own.addresses:
-        return ()
-    others = {peer.address for peer in state.view.peers} - own.addresses
-    return tuple(sorted(map(str, others)))
 
 
 def _tasks(state: NetworkState) -> dict[IPv4Address, set[IPv4Address]]:
@@ -265,14 +257,15 @@ class Accelerator:
             path = self._sandboxes.sandbox(endpoint)
             if path is not None and (inode := look(endpoint.id, path)) is not None:
                 homes[endpoint.id] = (path, inode)
+        host = self._own()
         own = facts(
             self._store.networks(),
             endpoints,
             self._sandboxes.state(),
             homes,
             self._settings,
-            self._own(),
+            host,
         )
-        found = with_others(own, self._others(), look)
+        found = with_others(own, self._others(), look, host.addresses)
         self._missing = missing
         return found

@@ -5,9 +5,11 @@ event says that one has changed, and now and then. If the engine does not answer
 holds.
 
 A network is accelerated if it has the label `freeflow.accelerate=on`, or if the plugin's setting
-OTHER_NETWORKS is on and the label is not off. The drivers are those of which it is known what they
-have between two containers of one host. What the router adds to the proofs is in
-`Admission.is_carried`.
+OTHER_NETWORKS is on and the label is not off. The setting includes only Docker's own drivers, of
+which it is known what they have between two containers of one host. Of their networks only
+`overlay` is known to have nothing between two hosts. With the label `freeflow.accelerate=trust` the
+user vouches for a network: all of its containers may reach each other. What the router adds to the
+proofs is in `Admission.why_apart`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -23,7 +25,7 @@ from typing import Final, Protocol
 import structlog
 from msgspec.structs import replace
 
-from dataplane.control import EndpointFact, NetworkFact, RouterSnapshot
+from dataplane.control import ANY_DEVICE, EndpointFact, NetworkFact, RouterSnapshot
 from driver.errors import EngineError
 from driver.model import IPAddress, LocalContainer, NetworkView
 from driver.names import is_freeflow, short
@@ -44,6 +46,13 @@ _MODES: Final = {
 """Options of drivers, with the default values, in which the kernel passes frames between containers
 of one host by itself. In other modes it keeps them apart, or sends them past a switch or a
 firewall."""
+_NO_SANDBOX: Final = frozenset({"host", "null"})
+"""Docker's drivers whose containers have no addresses of their own."""
+_ENCRYPTED: Final = "encrypted"
+"""The option of `overlay` for IPsec between hosts."""
+_SWARM: Final = "swarm"
+"""The scope of networks that have the same ID on all hosts."""
+_TRUST: Final = "trust"
 _ICC: Final = "com.docker.network.bridge.enable_icc"
 _NAME: Final = "com.docker.network.bridge.name"
 _BALANCER: Final = "lb-"
@@ -55,6 +64,8 @@ GATHER: Final = 0.05
 """Seconds for which changes are collected: a compose application makes many at once."""
 REPEAT: Final = 30.0
 """Seconds after which the engine is asked again, in case an event was lost."""
+SHARED_REPEAT: Final = 5.0
+"""The same where networks are shared with other hosts: no event tells of a host that comes."""
 AGAIN: Final = 1.0
 """Seconds after an event's first look for a second one: the event may have come before the fact."""
 RETRY: Final = 2.0
@@ -77,8 +88,11 @@ class NetworkDirectory(Protocol):
         Ends when the engine does.
         """
 
-    def network(self, network_id: str) -> NetworkView | None:
-        """A network with its containers on this host; None: there is none."""
+    def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
+        """A network with its containers on this host, and with its services if they are wanted.
+
+        None: there is none.
+        """
 
     def sandbox_key(self, container_id: str) -> str | None:
         """Docker's path of a container's namespace; None: it has none, or there is no such
@@ -97,20 +111,37 @@ class OtherEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class OtherNetwork:
-    """An accelerated network of another driver; `bridge` is its device in the host's namespace, or
-    empty."""
+    """An accelerated network of another driver; `bridge` is as in `NetworkFact`.
+
+    `balanced` are the addresses of its load balancers: VIPs, and from where they send.
+    """
 
     view: NetworkView
     bridge: str
     endpoints: tuple[OtherEndpoint, ...]
+    balanced: tuple[IPAddress, ...] = ()
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the user vouches that all of its containers may reach each other."""
+        return self.view.labels.get(LABEL) == _TRUST
+
+    @property
+    def crosses_hosts(self) -> bool:
+        """Whether connections to other hosts may move too."""
+        view = self.view
+        if view.scope != _SWARM or _ENCRYPTED in view.options:
+            return False
+        return view.driver == OVERLAY or (self.trusted and view.driver != BRIDGE)
 
 
 def switch(label: str | None) -> bool | None:
     """What a label says; None: nothing.
 
-    Docker's reader of stacks makes true and false of on and off that are written without quotes.
+    Readers of YAML make true and false of on and off that are written without quotes.
     """
-    return {"on": True, "true": True, "off": False, "false": False}.get(label or "")
+    values = {"on": True, "true": True, _TRUST: True, "off": False, "false": False}
+    return values.get((label or "").lower())
 
 
 def why_not(view: NetworkView, on: bool) -> str | None:
@@ -125,10 +156,12 @@ def why_not(view: NetworkView, on: bool) -> str | None:
         return f"it has no label {LABEL}=on"
     if is_freeflow(view.driver):
         return "it is FreeFlow's own"
-    return _why_not_driver(view)
+    return _why_not_driver(view, asks=bool(asks))
 
 
-def _why_not_driver(view: NetworkView) -> str | None:
+def _why_not_driver(view: NetworkView, *, asks: bool) -> str | None:
+    if view.driver in _NO_SANDBOX:
+        return "its containers have no addresses of their own"
     if view.driver == BRIDGE:
         apart = view.options.get(_ICC, "true") not in _TRUE
         return f"its containers may not reach each other ({_ICC})" if apart else None
@@ -136,7 +169,8 @@ def _why_not_driver(view: NetworkView) -> str | None:
         return "it is the Swarm's own, for published ports" if view.ingress else None
     modes = _MODES.get(view.driver)
     if modes is None:
-        return f"FreeFlow doesn't know what the driver {view.driver} has between two containers"
+        unknown = f"FreeFlow doesn't know what the driver {view.driver} has between two containers"
+        return None if asks else f"{unknown}, and it has no label {LABEL}=on"
     other = [
         f"{key}={view.options[key]}"
         for key in modes
@@ -236,7 +270,8 @@ class OtherNetworks:
             self._changed()
         waited = [self._clock() - since for since in self._missing.values()]
         pauses = [max(SOON, each / 4) for each in waited if each < PATIENCE]
-        return min([*pauses, AGAIN if hinted else REPEAT])
+        shared = any(each.crosses_hosts for each in found)
+        return min([*pauses, AGAIN if hinted else SHARED_REPEAT if shared else REPEAT])
 
     def _read(self, before: Mapping[str, float]) -> Iterator[OtherNetwork]:
         listing = self._directory.all_networks()
@@ -250,10 +285,12 @@ class OtherNetworks:
         for listed in listing:
             if why_not(listed, self._on) is not None:
                 continue
-            view = self._directory.network(listed.id)
+            view = self._directory.network(listed.id, services=listed.scope == _SWARM)
             if view is None:
                 continue
-            yield OtherNetwork(view, _bridge_of(view), tuple(self._endpoints(view, before)))
+            yield OtherNetwork(
+                view, _bridge_of(view), tuple(self._endpoints(view, before)), _balanced(view)
+            )
 
     def _endpoints(self, view: NetworkView, before: Mapping[str, float]) -> Iterator[OtherEndpoint]:
         for container in view.containers:
@@ -284,19 +321,28 @@ class OtherNetworks:
 
 
 def _bridge_of(view: NetworkView) -> str:
-    """The network's bridge in the host's own namespace; empty: there is none."""
-    if view.driver != BRIDGE:
-        return ""
-    return view.options.get(_NAME) or f"br-{short(view.id)}"
+    """What carries the network in the host's own namespace, as in `NetworkFact`."""
+    if view.driver == BRIDGE:
+        return view.options.get(_NAME) or f"br-{short(view.id)}"
+    return "" if view.driver == OVERLAY or view.driver in _MODES else ANY_DEVICE
+
+
+def _balanced(view: NetworkView) -> tuple[IPAddress, ...]:
+    found: set[IPAddress] = {each.vip for each in view.services if each.vip is not None}
+    for container in view.containers:
+        if container.id.startswith(_BALANCER):
+            found |= {item.ip for item in (container.address, container.ipv6) if item is not None}
+    return tuple(sorted(found, key=lambda ip: (ip.version, int(ip))))
 
 
 def with_others(
     snapshot: RouterSnapshot,
     others: Iterable[OtherNetwork],
     inode: Callable[[str, Path], int | None],
+    own: Collection[IPAddress] = (),
 ) -> RouterSnapshot:
     """The router's snapshot with networks of other drivers too. `inode`: that of an endpoint's
-    namespace.
+    namespace; `own`: the addresses by which other hosts know this one, as far as they are known.
 
     An endpoint without a namespace is left out. So is an address that doesn't tell one container or
     one network: that of two endpoints of a network, or of two networks of a container.
@@ -320,7 +366,7 @@ def with_others(
     )
     places.update((each.namespace, address) for each in endpoints for address in each.addresses)
     for network in {network.view.id: network for network, _, _ in known}.values():
-        networks.append(_network_fact(network))
+        networks.append(_network_fact(network, own))
     for network, endpoint, namespace in known:
         endpoints.append(
             EndpointFact(
@@ -339,16 +385,31 @@ def with_others(
     return replace(snapshot, networks=tuple(networks), endpoints=tuple(endpoints))
 
 
-def _network_fact(network: OtherNetwork) -> NetworkFact:
+def _network_fact(network: OtherNetwork, own: Collection[IPAddress]) -> NetworkFact:
     view = network.view
+    # It is unknown whether TCP between relays is faster than what isn't an overlay.
+    relay = network.crosses_hosts and view.driver == OVERLAY
     return NetworkFact(
         id=view.id,
         name=view.name,
-        rdma=False,
-        relay=False,
+        rdma=network.crosses_hosts,
+        relay=relay,
         verbs=False,
         subnets=tuple(str(subnet.pool) for subnet in view.subnets),
+        peers=other_hosts(view, own) if network.crosses_hosts else (),
         kind=view.driver,
         foreign=True,
         bridge=network.bridge,
+        trusted=network.trusted,
+        balanced=tuple(map(str, network.balanced)),
+    )
+
+
+def other_hosts(view: NetworkView, own: Collection[IPAddress]) -> tuple[str, ...]:
+    """The other hosts that share a network; empty while it isn't known which of them is this
+    one."""
+    if not own:
+        return ()
+    return tuple(
+        sorted(str(peer) for peer in {each.address for each in view.peers}.difference(own))
     )

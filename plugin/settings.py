@@ -220,8 +220,8 @@ class Settings:
     other_networks: str = _setting(
         _SWITCH,
         "off",
-        "`on`: connections between containers of this host on networks of Docker's own drivers move "
-        "to shared memory too, unless the network has the label `freeflow.accelerate=off`",
+        "`on`: connections on networks of Docker's own drivers move to shared memory, RDMA or the "
+        "relays too, unless the network has the label `freeflow.accelerate=off`",
         details="`off`: only on those with the label `freeflow.accelerate=on`. See "
         "[Other networks](other-networks.md).",
     )

@@ -93,18 +93,20 @@ def _with_sums(network: NetworkStatus, sums: Counts) -> NetworkStatus:
 
 def _other(network: OtherNetwork | RefusedNetwork) -> OtherNetworkStatus:
     view = network.view
-    reason, endpoints = "", network.endpoints if isinstance(network, OtherNetwork) else ()
-    if isinstance(network, RefusedNetwork):
-        reason = network.reason
-    return OtherNetworkStatus(
+    common = OtherNetworkStatus(
         id=view.id,
         name=view.name,
         driver=view.driver,
-        reason=reason,
         subnets=[str(subnet.pool) for subnet in view.subnets],
+    )
+    if isinstance(network, RefusedNetwork):
+        return msgspec.structs.replace(common, reason=network.reason)
+    return msgspec.structs.replace(
+        common,
+        between_hosts=network.crosses_hosts,
         containers={
             endpoint.container: [str(address) for address in endpoint.addresses]
-            for endpoint in endpoints
+            for endpoint in network.endpoints
         },
     )
 

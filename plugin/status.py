@@ -121,6 +121,8 @@ class OtherNetworkStatus(msgspec.Struct, frozen=True):
     driver: str
     reason: str = ""
     subnets: list[str] = []
+    between_hosts: bool = False
+    """Whether connections to other hosts may move too."""
     containers: dict[str, list[str]] = {}
 
 

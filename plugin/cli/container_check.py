@@ -105,7 +105,7 @@ def check_network(name: str, status: Status) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"{name} is on no network that is accelerated",
-            "only FreeFlow networks are, and bridges with the label freeflow.accelerate=on",
+            "only FreeFlow networks are, and others with the label freeflow.accelerate=on",
             f"docker network connect NETWORK {name}",
         )
     elif not others and not any(network.acceleration for network in networks):

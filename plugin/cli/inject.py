@@ -26,8 +26,9 @@ from urllib.parse import quote
 
 from driver.answers import parse_network
 from driver.errors import EngineError, InvalidRequest
+from driver.model import NetworkView
 from driver.names import is_freeflow
-from driver.other_networks import BRIDGE, LABEL, switch, why_not
+from driver.other_networks import BRIDGE, why_not
 from plugin.cli import preload
 from plugin.cli.client import Engine
 from plugin.cli.image import Start, Verdict, environment, examine_image, split_words, start_of
@@ -295,10 +296,15 @@ def _is_own(
         real = external.get("name") if isinstance(external, dict) else content.get("name")
         answer = _driver_of(engine, str(real or name))
     else:
-        # Without a driver it is a bridge for docker compose; for a stack the library does nothing.
-        driver = str(content.get("driver") or BRIDGE)
-        asks = driver == BRIDGE and switch(pairs(content.get("labels")).get(LABEL))
-        answer = None if "$" in driver else is_freeflow(driver) or bool(asks)
+        # Without a driver it is a bridge for docker compose, and an overlay for a stack.
+        view = NetworkView(
+            id="",
+            name=name,
+            driver=str(content.get("driver") or BRIDGE),
+            labels=_texts(content.get("labels")),
+            options=_texts(content.get("driver_opts")),
+        )
+        answer = None if "$" in view.driver else _is_accelerated(view)
     known[name] = answer
     return answer
 
@@ -317,7 +323,14 @@ def _driver_of(engine: Engine, network: str) -> bool | None:
         return None
     if found is None:
         return None
-    view = parse_network(_mapping(found))
+    return _is_accelerated(parse_network(_mapping(found)))
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {key: text or "" for key, text in pairs(value).items()}
+
+
+def _is_accelerated(view: NetworkView) -> bool:
     return is_freeflow(view.driver) or why_not(view, on=False) is None
 
 

@@ -244,7 +244,9 @@ def _other_network(network: OtherNetworkStatus) -> str:
     if network.reason:
         return f"{what}: not accelerated, {network.reason}\n"
     rows = [(name, ", ".join(addresses)) for name, addresses in network.containers.items()]
-    return f"{what}, {', '.join(network.subnets)}\n" + table(("CONTAINER", "ADDRESSES"), rows)
+    where = "within and between hosts" if network.between_hosts else "within this host"
+    head = f"{what}, {', '.join(network.subnets)}, accelerated {where}\n"
+    return head + table(("CONTAINER", "ADDRESSES"), rows)
 
 
 def _tasks(tasks: list[str]) -> str:

@@ -17,6 +17,7 @@
 #include <limits.h>
 #include <stdio.h>
 #include <string.h>
+#include <strings.h>
 #include <unistd.h>
 
 #include "document.h"
@@ -106,8 +107,8 @@ static int opted_out(struct json_object *container)
         struct json_object *labels = member(config, "Labels", json_type_object);
         const char *label = string_of(member(labels, "freeflow.accelerate", json_type_string));
 
-        /* Docker's reader of stacks makes false of an off without quotes. */
-        return label != NULL && (strcmp(label, "off") == 0 || strcmp(label, "false") == 0);
+        /* Readers of YAML make false of an off without quotes. */
+        return label != NULL && (strcasecmp(label, "off") == 0 || strcasecmp(label, "false") == 0);
 }
 
 static struct json_object *list_networks(struct json_object *container)

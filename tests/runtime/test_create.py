@@ -159,7 +159,7 @@ def test_opting_out(world: RuntimeWorld, variant: str) -> None:
     if variant == "label":
         world.describe({"front": NETWORK}, {"freeflow.accelerate": "off"})
     elif variant == "false":
-        world.describe({"front": NETWORK}, {"freeflow.accelerate": "false"})
+        world.describe({"front": NETWORK}, {"freeflow.accelerate": "False"})
     elif variant == "variable":
         config["process"]["env"].append("FREEFLOW=off")
     elif variant == "library":

@@ -343,19 +343,20 @@ def test_external_networks(tmp_path: Path) -> None:
     assert not any("network one" in note for note in outcome.notes)
 
 
-def test_labelled_bridges(tmp_path: Path) -> None:
-    """Services on a bridge whose label asks for acceleration get the library, be it the file's or
-    external.
+def test_labelled_networks(tmp_path: Path) -> None:
+    """Services on a network whose label asks for acceleration get the library, be it the file's or
+    external; not on one that can't have it.
     """
     text = (
-        "services:\n  a: {image: x, networks: [one]}\n  b: {image: x, networks: [two]}\n  c: {image: x}\n  d: {image: x, networks: [three]}\n"
+        "services:\n  a: {image: x, networks: [one]}\n  b: {image: x, networks: [two]}\n  c: {image: x}\n  d: {image: x, networks: [three]}\n  e: {image: x, networks: [four]}\n"
         'networks:\n  one: {external: true, name: mine}\n  two: {labels: ["freeflow.accelerate=on"]}\n'
         '  three: {driver: macvlan, labels: {freeflow.accelerate: "on"}}\n'
+        '  four: {driver_opts: {com.docker.network.bridge.enable_icc: false}, labels: {freeflow.accelerate: "on"}}\n'
     )
     answers = {"/networks/mine": {"Driver": "bridge", "Labels": {"freeflow.accelerate": "on"}}}
     with served(engine(answers), tmp_path / "docker.sock") as path:
         outcome = inject_stack(text, "stack.yml", Engine(path))
-    assert outcome.injected == ("a", "b")
+    assert outcome.injected == ("a", "b", "d")
 
 
 def test_chosen_services() -> None:

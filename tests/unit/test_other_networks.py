@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from ipaddress import IPv4Interface, IPv4Network, IPv6Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Interface
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dataplane.control import EndpointFact, NetworkFact, RouterSnapshot
+from dataplane.control import ANY_DEVICE, EndpointFact, NetworkFact, RouterSnapshot
 from dataplane.router.knowledge import Knowledge
 from driver.answers import parse_network
 from driver.errors import EngineError
-from driver.model import LocalContainer, NetworkView, Subnet
+from driver.model import LocalContainer, NetworkView, Peer, Service, Subnet
 from driver.other_networks import (
     AGAIN,
     PATIENCE,
     REPEAT,
     RETRY,
+    SHARED_REPEAT,
     SOON,
     OtherNetwork,
     OtherNetworks,
@@ -71,9 +72,10 @@ class FakeEngine:
     def changed_networks(self) -> Iterator[str]:
         return iter(())
 
-    def network(self, network_id: str) -> NetworkView | None:
+    def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
         self._answer()
-        return self.views.get(network_id)
+        view = self.views.get(network_id)
+        return view if view is None or services else replace(view, services=())
 
     def sandbox_key(self, container_id: str) -> str | None:
         self._answer()
@@ -128,8 +130,17 @@ class Reader:
         ({"driver": "ipvlan", "options": {"ipvlan_mode": ""}}, None, None),
         ({"driver": "ipvlan", "options": {"ipvlan_mode": "l3s"}}, "l3s", "l3s"),
         ({"driver": "ipvlan", "options": {"ipvlan_flag": "vepa"}}, "vepa", "vepa"),
-        ({"driver": "weave"}, "weave", "weave"),
-        ({"driver": "host", "labels": {}}, "no label", "host"),
+        ({"driver": "weave"}, None, None),
+        ({"driver": "weave", "labels": {"freeflow.accelerate": "trust"}}, None, None),
+        ({"driver": "weave", "labels": {}}, "no label", "driver weave has"),
+        ({"driver": "host"}, "no addresses", "no addresses"),
+        ({"driver": "null", "labels": {}}, "no label", "no addresses"),
+        ({"labels": {"freeflow.accelerate": "trust"}}, None, None),
+        (
+            {"labels": {"freeflow.accelerate": "trust"}, "options": {ICC: "false"}},
+            "may not reach",
+            "may not reach",
+        ),
         ({"driver": "overlay"}, None, None),
         ({"driver": "overlay", "ingress": True}, "published", "published"),
         ({"driver": "freeflow:latest"}, "own", "own"),
@@ -137,8 +148,8 @@ class Reader:
     ],
 )
 def test_which_networks(changes: dict[str, object], off: str | None, on: str | None) -> None:
-    """A bridge is accelerated if its label or the setting says so, and off wins; never one whose
-    containers may not reach each other, nor a network of another driver.
+    """A network is accelerated if its label or the setting says so, and off wins; the setting says
+    nothing of drivers that nobody knows. Never one whose containers may not reach each other.
     """
     for setting, expected in ((False, off), (True, on)):
         said = why_not(a_view(**changes), setting)
@@ -218,8 +229,8 @@ def test_networks_that_ask_in_vain() -> None:
     doesn't ask is not, nor FreeFlow's own.
     """
     reader = Reader(
-        a_view("0", driver="weave"),
-        a_view("1", labels={}, driver="weave"),
+        a_view("0", options={ICC: "false"}),
+        a_view("1", labels={}, options={ICC: "false"}),
         a_view("2", driver="freeflow:latest"),
         a_view("3"),
     )
@@ -227,7 +238,7 @@ def test_networks_that_ask_in_vain() -> None:
     asking = reader.networks.asking()
     assert [each.view.name for each in asking] == ["app3", "app0"]
     assert isinstance(asking[1], RefusedNetwork)
-    assert "weave" in asking[1].reason
+    assert "may not reach" in asking[1].reason
 
 
 def test_an_event_before_its_fact() -> None:
@@ -295,6 +306,74 @@ def test_the_routers_snapshot() -> None:
     assert (network.subnets, network.rdma, network.relay) == (("172.20.0.0/16",), False, False)
     assert (endpoint.namespace, endpoint.addresses) == (2, ("172.20.0.2", "fd00::2"))
     assert Knowledge(whole).accelerated >= Knowledge(FREEFLOW).accelerated
+
+
+THIS_HOST = IPv4Address("192.0.2.1")
+PEERS = (Peer("one", THIS_HOST), Peer("two", IPv4Address("192.0.2.2")))
+TRUSTED = {"freeflow.accelerate": "trust"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rdma", "relay"),
+    [
+        ({"driver": "overlay"}, True, True),
+        ({"driver": "overlay", "options": {"encrypted": ""}}, False, False),
+        ({"driver": "overlay", "options": {"encrypted": ""}, "labels": TRUSTED}, False, False),
+        ({"driver": "overlay", "scope": "local"}, False, False),
+        ({"driver": "macvlan"}, False, False),
+        ({"driver": "macvlan", "labels": TRUSTED}, True, False),
+        ({"driver": "weave"}, False, False),
+        ({"driver": "weave", "labels": TRUSTED}, True, False),
+        ({"driver": "weave", "labels": TRUSTED, "scope": "local"}, False, False),
+        ({"driver": "bridge", "labels": TRUSTED}, False, False),
+    ],
+)
+def test_networks_between_hosts(changes: dict[str, Any], rdma: bool, relay: bool) -> None:
+    """Connections between hosts move on a network that the Swarm knows by one ID: on Docker's
+    overlay unless it is encrypted, on others if the user vouches for them, and these by RDMA only.
+    Where they don't, no other host is told of the network.
+    """
+    settings = {"scope": "swarm", "peers": PEERS, "containers": (a_container(2),), **changes}
+    whole = with_others(RouterSnapshot(), read(a_view(**settings)), number, {THIS_HOST})
+    (network,) = whole.networks
+    assert (network.rdma, network.relay, network.verbs) == (rdma, relay, False)
+    assert network.peers == (("192.0.2.2",) if rdma else ())
+    unknown = with_others(RouterSnapshot(), read(a_view(**settings)), number)
+    assert unknown.networks[0].peers == ()
+
+
+def test_what_is_between_two_containers() -> None:
+    """The router learns that nobody knows what an unknown driver has between two containers, and
+    for which networks the user vouches.
+    """
+    for labels, trusted in ((LABELLED, False), (TRUSTED, True)):
+        view = a_view(driver="weave", labels=labels, containers=(a_container(2),))
+        (network,) = with_others(RouterSnapshot(), read(view), number).networks
+        assert (network.bridge, network.trusted) == (ANY_DEVICE, trusted)
+
+
+def test_load_balancers() -> None:
+    """The router learns the VIPs of an overlay's services, and the address from which this host's
+    load balancer sends; hosts that come are noticed without an event.
+    """
+    balancer = replace(a_container(5), id="lb-app0", endpoint_id="e05", ipv6=None)
+    services = (
+        Service("web", IPv4Address("172.20.0.9"), ()),
+        Service("names-only", None, ()),
+    )
+    reader = Reader(
+        a_view(
+            driver="overlay",
+            scope="swarm",
+            containers=(a_container(2), balancer),
+            services=services,
+        )
+    )
+    reader.engine.sandboxes = {"c2": "/netns/2"}
+    assert reader.networks.once() == SHARED_REPEAT
+    whole = with_others(RouterSnapshot(), reader.networks.known(), number)
+    assert whole.networks[0].balanced == ("172.20.0.5", "172.20.0.9")
+    assert Knowledge(whole).networks["0" * 64].vips == {}
 
 
 def test_networks_without_containers_are_left_out() -> None:
