@@ -11,6 +11,7 @@ import pytest
 from testbed import Bed, Host, wait_until
 from testbed.images import WORKLOAD_IMAGE
 from testbed.patience import patience
+from tests.swarm import busy
 from tests.swarm.conftest import (
     LIBRARY,
     REDIS,
@@ -237,3 +238,33 @@ def test_restarts(manager: Host, what: str) -> None:
         wait_answer(manager, client, server)
         with benchmark(manager, client, server):
             wait_shared(manager)
+
+
+def test_dockers_overlay_between_hosts(bed: Bed) -> None:
+    """On a labelled overlay of Docker's, many busy connections between containers of two hosts move
+    to the relays, without a wrong answer; those of an encrypted one are offered to no host.
+    """
+    near, far = bed.hosts[:2]
+    busy.configure((near, far), busy.EASY)
+    try:
+        network = make_network(near, *LABEL, driver="overlay")
+        server = run_container(far, network, *LIBRARY, command=REDIS)
+        wait_answer(near, run_container(near, network), server)
+        box = run_container(near, network, *LIBRARY, command=busy.command(server, 16))
+        wait_until("the relays", lambda: busy.paths(near, box)["relay"] >= 16, 90, 0.5)
+        assert busy.paths(far, server)["relay"] >= 16
+        busy.goes_on(near, box, "on the relays")
+        (listed,) = near.status()["other_networks"]
+        assert listed["between_hosts"]
+        far.docker("network", "disconnect", "-f", network, server)
+        wait_until("TCP", lambda: not busy.paths(near, box)["relay"], 30)
+    finally:
+        busy.configure((near, far), busy.USUAL)
+    secret = make_network(near, *LABEL, "--opt", "encrypted", driver="overlay")
+    run_container(near, secret, *LIBRARY)
+
+    def known() -> list[bool]:
+        found = near.status()["other_networks"]
+        return [each["between_hosts"] for each in found if each["name"] == secret]
+
+    assert wait_until("the encrypted network", known, 20) == [False]
