@@ -147,8 +147,13 @@ def _network(network: Network, state: NetworkState, rule: Rule, own: ThisHost) -
             if tasks
         },
         rule=None if operations is None else replace(rule, operations=operations),
-        peers=() if state.view is None else other_hosts(state.view, own.addresses),
+        peers=_peers(state, own),
     )
+
+
+def _peers(state: NetworkState, own: ThisHost) -> tuple[str, ...]:
+    view = state.view
+    return () if view is None else tuple(sorted(map(str, other_hosts(view, own.addresses))))
 
 
 def _tasks(state: NetworkState) -> dict[IPv4Address, set[IPv4Address]]:

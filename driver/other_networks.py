@@ -396,7 +396,7 @@ def _network_fact(network: OtherNetwork, own: Collection[IPAddress]) -> NetworkF
         relay=relay,
         verbs=False,
         subnets=tuple(str(subnet.pool) for subnet in view.subnets),
-        peers=other_hosts(view, own) if network.crosses_hosts else (),
+        peers=tuple(sorted(map(str, hosts_of([network], own)))),
         kind=view.driver,
         foreign=True,
         bridge=network.bridge,
@@ -405,11 +405,16 @@ def _network_fact(network: OtherNetwork, own: Collection[IPAddress]) -> NetworkF
     )
 
 
-def other_hosts(view: NetworkView, own: Collection[IPAddress]) -> tuple[str, ...]:
-    """The other hosts that share a network; empty while it isn't known which of them is this
-    one."""
-    if not own:
-        return ()
-    return tuple(
-        sorted(str(peer) for peer in {each.address for each in view.peers}.difference(own))
+def hosts_of(networks: Iterable[OtherNetwork], own: Collection[IPAddress]) -> frozenset[IPAddress]:
+    """The other hosts to which connections on these networks may lead."""
+    return frozenset(
+        host
+        for network in networks
+        if network.crosses_hosts
+        for host in other_hosts(network.view, own)
     )
+
+
+def other_hosts(view: NetworkView, own: Collection[IPAddress]) -> frozenset[IPAddress]:
+    """The other hosts that share a network; none while it isn't known which of them is this one."""
+    return frozenset(each.address for each in view.peers).difference(own) if own else frozenset()

@@ -29,7 +29,7 @@ from driver.kernel.linux import LinuxKernel
 from driver.kernel.namespace import is_namespace
 from driver.kernel_refresh import KernelRefresh
 from driver.model import Endpoint, EngineView, IPAddress
-from driver.other_networks import OtherNetworks
+from driver.other_networks import OtherNetworks, hosts_of
 from driver.recovery import Collector, recover
 from driver.resolver import EmbeddedDns
 from driver.store import Store
@@ -252,13 +252,19 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
 def _subscribe(changes: Changes, core: Core, ipv6_override: Ipv6Override) -> None:
     core.driver.on_change(changes.wake, changes.joined)
     changes.on_wake += [core.syncer.wake, core.accelerator.wake]
-    changes.on_synced += [core.accelerator.wake]
+    changes.on_synced += [core.accelerator.wake, lambda: _guard_routers(core)]
     changes.on_joined += [
         Announcer(core.kernel).endpoint_joined,
         core.syncer.endpoint_joined,
         ipv6_override.endpoint_joined,
         lambda _endpoint: core.accelerator.wake(),
     ]
+
+
+def _guard_routers(core: Core) -> None:
+    """Tell the kernel with which hosts the router has sessions because of other drivers."""
+    hosts = hosts_of(core.others.known(), core.host.own(core.kernel).addresses)
+    core.kernel.set_routers(hosts)
 
 
 def _runtime_networks(paths: HostPaths, settings: Settings, core: Core) -> RuntimeNetworks:

@@ -80,6 +80,9 @@ class Guard:
         self._known: dict[str, _Known] = {}
         self._devices: frozenset[str] = frozenset()
         self._near: frozenset[IPv4Network | IPv6Network] = frozenset()
+        self._routers: frozenset[IPAddress] = frozenset()
+        self.has_routers = False
+        """Whether there ever were other hosts on networks of other drivers."""
         self._session: Session | None = None
         self._generations: Netlink | None = None
         self._inherited: dict[int, frozenset[IPAddress]] | None = None
@@ -109,6 +112,12 @@ class Guard:
                 self._former |= peers
                 self._known[short].peers = peers
 
+    def routers(self, hosts: frozenset[IPAddress]) -> None:
+        """Set the other hosts on networks of other drivers: the routers have sessions with them."""
+        with self._lock:
+            self._routers = hosts
+            self.has_routers = self.has_routers or bool(hosts)
+
     def forget(self, short: str) -> None:
         """Forget a network whose VXLAN device is gone."""
         with self._lock:
@@ -129,11 +138,12 @@ class Guard:
         return bool(self._failure)
 
     def everybody(self) -> frozenset[IPAddress]:
-        """The peers of all networks."""
+        """The peers of all networks, of other drivers too."""
         with self._lock:
-            return frozenset(
-                peer for known in self._known.values() for peer in known.peers or ()
-            ).union(*(self._inherited or {}).values())
+            return self._routers.union(
+                *(known.peers or () for known in self._known.values()),
+                *(self._inherited or {}).values(),
+            )
 
     def reached(
         self, devices: Iterable[str], near: Iterable[IPv4Network | IPv6Network] = ()
@@ -160,7 +170,7 @@ class Guard:
                     waiting.add(port)
             for port in inherited.keys() - peers.keys():
                 del inherited[port]
-            wanted = Wanted(peers, self._devices, self._sessions, self._near)
+            wanted = Wanted(peers, self._devices, self._sessions, self._near, self._routers)
         reason = (
             f"the peers of the networks on UDP port {', '.join(map(str, sorted(waiting)))} "
             "aren't known yet"
@@ -203,7 +213,7 @@ class Guard:
         if wanted == self._written and self._is_whole(now):
             self._fail(reason)
             return False
-        if not wanted.peers:
+        if wanted.is_empty:
             self._session.run(f"add table {TABLE}\ndelete table {TABLE}\n")
             self._proof = None
         else:
@@ -215,7 +225,9 @@ class Guard:
             log.warning(
                 "the rules that guard the overlay's port were changed, and are restored now"
             )
-        elif self._written is None or wanted.peers.keys() != self._written.peers.keys():
+        elif wanted.peers and (
+            self._written is None or wanted.peers.keys() != self._written.peers.keys()
+        ):
             log.info("the overlay's port is guarded", ports=sorted(wanted.peers))
         self._written = wanted
         self._fail(reason)
@@ -302,6 +314,7 @@ class Guard:
             self._inherited = {}
             with self._lock:
                 self._known.clear()
+                self._routers = frozenset()
             return existed
 
     def close(self) -> None:

@@ -37,17 +37,24 @@ class Wanted:
     """The content of the table.
 
     `peers` by UDP port; `devices` lead to them; all hosts in the networks `near` may send.
+    `routers` are hosts with which only the routers have to do, on networks of other drivers.
     """
 
     peers: Mapping[int, frozenset[IPAddress]] = field(default_factory=dict)
     devices: frozenset[str] = frozenset()
     sessions: int | None = None
     near: frozenset[IPv4Network | IPv6Network] = frozenset()
+    routers: frozenset[IPAddress] = frozenset()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to guard."""
+        return not self.peers and not self.routers
 
     def commands(self) -> str:
         """Commands that replace the whole table, in one transaction."""
         pairs = [(port, peer) for port in sorted(self.peers) for peer in self.peers[port]]
-        hosts = {peer for _, peer in pairs}
+        hosts = self.routers.union(peer for _, peer in pairs)
         lists: dict[str, list[str]] = {
             "ports": [str(port) for port in sorted(self.peers)],
             "sessions": [str(self.sessions)] if self.sessions and hosts else [],

@@ -222,6 +222,11 @@ class LinuxKernel:
 
     # --- the guard of the overlay's port
 
+    def set_routers(self, hosts: frozenset[IPAddress]) -> None:
+        """The other hosts on networks of other drivers. The rules follow at the next `refresh`."""
+        self._guard.routers(hosts)
+        self._routes_due = 0.0
+
     def _refresh_guard(self) -> None:
         """Make the host's rules match the peers that are known now."""
         now = time.monotonic()
@@ -310,8 +315,10 @@ class LinuxKernel:
 
     def refresh(self) -> None:
         """Check what may have changed outside the plugin. To be called every second."""
-        if self._overlay() is not None:
+        has_overlay = self._overlay() is not None
+        if has_overlay or self._guard.has_routers:
             self._refresh_guard()
+        if has_overlay:
             self.fastpath.refresh()
 
     def attach_programs(self) -> None:

@@ -380,20 +380,25 @@ def test_who_was_turned_away_is_said(scene: Scene) -> None:
     eventually("listed", lambda: scene.outsider.address in host.do(host.kernel.guarded).strangers)
 
 
-def test_the_session_port_is_no_containers() -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_the_session_port_is_no_containers(own: bool) -> None:
     """A container that gets its host's address by masquerading, or an unprivileged user, does not
     reach the port of another host's router; the host's root does, and containers reach other ports
-    of that host.
+    of that host. So it is also where the hosts share a network of another driver only.
     """
     with lab(2) as made:
         network = a_network()
         for host in made.hosts:
             host.sessions = SESSIONS
             host.kernel = host.new_kernel()
-        for n, host in enumerate(made.hosts):
+        for n, host in enumerate(made.hosts if own else ()):
             host.container(network, 2 + n)
-        made.mesh(network)
         host, peer = made.hosts
+        if own:
+            made.mesh(network)
+        else:
+            host.do(lambda: host.kernel.set_routers(frozenset({peer.address})))
+            host.do(host.kernel.refresh)
         listeners = [
             peer.do(lambda p=port: socket.create_server((str(peer.address), p)))  # type: ignore[misc]
             for port in (SESSIONS, SESSIONS + 1)
@@ -408,6 +413,10 @@ def test_the_session_port_is_no_containers() -> None:
             host.run(sys.executable, "-c", program)
         for listener in listeners:
             listener.close()
+        if not own:
+            host.do(lambda: host.kernel.set_routers(frozenset()))
+            host.do(host.kernel.refresh)
+            assert guard_rules.NAME not in host.run("nft", "list", "tables")
 
 
 def test_ipv6_underlay() -> None:
