@@ -103,24 +103,14 @@ class Admission:
         for end in ends:
             if not self._sockets.has_address(end.namespace, end.message.local.ip):
                 return Reason.NO_ENDPOINT
+            if self._sockets.is_translated(end.namespace, end.message.local, end.message.remote):
+                return Reason.INTERCEPTED
         message = ends[0].message
-        if all(map(self._is_plain, ends)) and (
-            not network.bridge
-            or self._sockets.is_carried(
-                network.bridge, message.local, message.remote, trusted=network.trusted
-            )
+        if not network.bridge or self._sockets.is_carried(
+            network.bridge, message.local, message.remote, trusted=network.trusted
         ):
             return None
         return Reason.INTERCEPTED
-
-    def _is_plain(self, request: PairRequest) -> bool:
-        """Whether the request's own namespace doesn't translate its connection.
-
-        An end's addresses are those of the first packet, or of the answers to it.
-        """
-        local, remote = request.message.local, request.message.remote
-        found = self._sockets.translated(request.namespace, local, remote)
-        return found in (None, (remote, local), (local, remote))
 
     def _clients(self, request: Request, network: KnownNetwork) -> int:
         """How many sockets of the client lead to this server, by its address or by a VIP."""

@@ -4,16 +4,18 @@ In a client's namespace it says where a connection to a VIP leads; in the host's
 translates a connection between two containers on a bridge.
 
 It speaks ctnetlink directly, for the reason given in `socket_table.py`: one request, one reply.
-Without nf_conntrack_netlink in the kernel no connection is found.
+Without nf_conntrack_netlink the kernel tells nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple
 
+from dataplane.errors import KernelRefused
 from dataplane.nlmsg import Netlink, attribute, attributes, nest
 from dataplane.router.library_wire import Address
 from dataplane.router.netlink_socket import netlink_in
@@ -83,6 +85,9 @@ class Conntrack:
         """The server that a TCP connection leads to, and the client as it is seen there.
 
         None: the kernel does not track the connection.
+
+        Raises:
+            KernelRefused: the kernel doesn't tell.
         """
         found = self.find(local, remote)
         return None if found is None else (found.reply.source, found.reply.target)
@@ -91,6 +96,9 @@ class Conntrack:
         """The entry of a TCP connection, by the addresses of either direction; None: there is none.
 
         Addresses of different families are no connection's.
+
+        Raises:
+            KernelRefused: the kernel doesn't tell.
         """
         wide = local.ip.version == 6
         if remote.ip.version != local.ip.version:
@@ -112,8 +120,12 @@ class Conntrack:
         family = _AF_INET6 if wide else _AF_INET
         try:
             return _read(self._netlink.get(_GET, _NFGEN.pack(family, 0, 0) + question))
-        except (OSError, struct.error, KeyError, ValueError):
-            return None
+        except (OSError, struct.error, KeyError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOENT:
+                return None
+            raise KernelRefused(
+                f"cannot look up the connection {local} → {remote}", cause=str(error)
+            ) from error
 
 
 def _read(entry: bytes) -> TrackedConnection:

@@ -68,6 +68,12 @@ class SocketTable(Protocol):
         """
         ...
 
+    def is_translated(self, namespace: int, local: Address, remote: Address) -> bool:
+        """Whether a namespace changes the addresses of a connection. True too if the kernel
+        doesn't tell.
+        """
+        ...
+
     def has_address(self, namespace: int, ip: IPAddress) -> bool:
         """Whether an address is one of a namespace's own."""
         ...

@@ -368,6 +368,13 @@ class LinuxSocketTable:
         except KernelRefused:
             return None
 
+    def is_translated(self, namespace: int, local: Address, remote: Address) -> bool:
+        try:
+            entry = self._namespaces.conntrack(namespace).find(local, remote)
+        except KernelRefused:
+            return True
+        return entry is not None and entry.is_translated
+
     def has_address(self, namespace: int, ip: IPAddress) -> bool:
         try:
             return ip in self._namespaces.addresses(namespace)

@@ -17,6 +17,7 @@ import pytest
 from pyroute2 import IPRoute
 
 from dataplane.control import ANY_DEVICE
+from dataplane.router import conntrack
 from dataplane.router.bridge_netfilter import is_filtered
 from dataplane.router.library_wire import Address
 from dataplane.router.socket_table import LinuxSocketTable, Namespaces
@@ -287,6 +288,97 @@ def test_a_connection_that_is_translated(host: BridgedHost) -> None:
         assert host.carries(*ends(client)) == (False, False)
         host.netfilter(on=False)
         assert host.carries(*ends(client)) == (False, False)
+
+
+def test_a_published_port_without_a_new_source(host: BridgedHost) -> None:
+    """A client that reaches a server by a port of the host, and by the server's address from the
+    same port, has two connections. Their sockets' addresses fit crosswise, and no two are a pair.
+    """
+    host.inside(lambda: sysctl("net.ipv4.ip_forward=1"))
+    host.nft("""
+        table ip publishing {
+            chain prerouting {
+                type nat hook prerouting priority -100
+                ip daddr 10.66.0.1 tcp dport 8080 dnat to 10.66.0.3:80
+            }
+        }
+    """)
+    # As Docker sets it without docker-proxy: the bridge sends packets back where they came from.
+    for name in "ab":
+        host.inside(
+            lambda n=name: subprocess.run(  # type: ignore[misc]
+                ["bridge", "link", "set", "dev", f"v{n}", "hairpin", "on"], check=True
+            )
+        )
+
+    def dial(port: int, target: tuple[str, int]) -> socket.socket:
+        made = socket.socket()
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(("10.66.0.2", port))
+        made.settimeout(5)
+        made.connect(target)
+        return made
+
+    listener = in_netns(host.containers["b"], lambda: socket.create_server(("", 80)))
+    with listener:
+        a = host.containers["a"]
+        with in_netns(a, lambda: dial(0, ("10.66.0.1", 8080))) as published:
+            first, seen = listener.accept()
+            assert seen == published.getsockname()
+            with first, in_netns(a, lambda: dial(seen[1], ("10.66.0.3", 80))) as direct:
+                second, other = listener.accept()
+                with second:
+                    # The mirror image of `direct` is `first`, which is connected with `published`.
+                    assert other != seen
+                    assert first.getpeername() == direct.getsockname()
+                    assert host.carries(*ends(direct)) == (False, False)
+
+
+def test_a_container_that_translates(host: BridgedHost) -> None:
+    """What rules of a container's own namespace do with its connections is noticed there."""
+    rules = """
+        table ip own {
+            chain output {
+                type nat hook output priority -100
+                ip daddr 10.66.0.3 tcp dport 80 dnat to 10.66.0.4
+            }
+        }
+    """
+    namespaces = Namespaces(lambda _: None, time.monotonic)
+    try:
+        inode = namespaces.hold(os.dup(host.containers["a"]))
+        table = LinuxSocketTable(namespaces)
+        with host.connection() as client:
+            assert not table.is_translated(inode, *ends(client))
+        in_netns(
+            host.containers["a"],
+            lambda: subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True),
+        )
+        with host.connection(server="c") as client:
+            assert table.is_translated(inode, *ends(client))
+        namespaces.release(inode)
+    finally:
+        namespaces.close()
+
+
+def test_a_kernel_that_does_not_tell(host: BridgedHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an answer about translations no connection counts as untranslated, whether netfilter
+    sees the bridge's packets or not.
+    """
+    # A kernel without nf_conntrack_netlink knows no such message either.
+    monkeypatch.setattr(conntrack, "_GET", 0x1F << 8 | 1)
+    namespaces = Namespaces(lambda _: None, time.monotonic)
+    try:
+        inode = namespaces.hold(os.dup(host.containers["a"]))
+        for filtered in (True, False):
+            host.netfilter(on=filtered)
+            with host.connection() as client:
+                assert host.carries(*ends(client)) == (False, False)
+                assert host.carries(*ends(client), trusted=True) == (False, False)
+                assert LinuxSocketTable(namespaces).is_translated(inode, *ends(client))
+        namespaces.release(inode)
+    finally:
+        namespaces.close()
 
 
 @pytest.mark.parametrize("target", ["10.66.0.3", "fd66::3"])

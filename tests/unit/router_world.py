@@ -98,6 +98,10 @@ class FakeKernel:
     ) -> tuple[Address, Address] | None:
         return self.translations.get((namespace, local, remote))
 
+    def is_translated(self, namespace: int, local: Address, remote: Address) -> bool:
+        found = self.translated(namespace, local, remote)
+        return found not in (None, (remote, local), (local, remote))
+
     def has_address(self, namespace: int, ip: IPAddress) -> bool:
         return (namespace, ip) not in self.moved
 
