@@ -1,8 +1,8 @@
 """Networks of other drivers whose connections are accelerated, as the engine lists them.
 
-No request of Docker's tells us of these networks. So a thread reads them from the engine when an
-event says that one has changed, and now and then. If the engine does not answer, the last answer
-holds.
+No request of Docker's tells us of these networks. So a thread reads from the engine which there
+are, then each one of which an event says that it has changed, and all now and then. If the engine
+does not answer, the last answer holds.
 
 A network is accelerated if it has the label `freeflow.accelerate=on`, or if the plugin's setting
 OTHER_NETWORKS is on and the label is not off. The setting includes only Docker's own drivers, of
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Final, Protocol
 
 import structlog
@@ -57,13 +58,15 @@ _ICC: Final = "com.docker.network.bridge.enable_icc"
 _NAME: Final = "com.docker.network.bridge.name"
 _BALANCER: Final = "lb-"
 """What the engine lists in place of a container's ID for its own end of a network, for VIPs."""
+_ALL: Final = ""
+"""In place of a network's ID: any may have changed."""
 _TRUE: Final = frozenset({"1", "t", "T", "TRUE", "true", "True"})
 """What the engine takes for true (Go's strconv.ParseBool)."""
 
 GATHER: Final = 0.05
-"""Seconds for which changes are collected: a compose application makes many at once."""
+"""Seconds between two looks at least: a compose application makes many changes at once."""
 REPEAT: Final = 30.0
-"""Seconds after which the engine is asked again, in case an event was lost."""
+"""Seconds after which a network is read again, in case an event was lost."""
 SHARED_REPEAT: Final = 5.0
 """The same where networks are shared with other hosts: no event tells of a host that comes."""
 AGAIN: Final = 1.0
@@ -214,9 +217,17 @@ class OtherNetworks:
         """Docker's path of an endpoint's namespace, by the endpoint's ID; it never changes."""
         self._missing: dict[str, float] = {}
         """Endpoints whose namespace isn't known, each with the time of the first look."""
-        self._hinted = False
-        """Whether an event has come since the last look."""
-        self._reader = Worker("other-networks", self.once, retry=RETRY)
+        self._read_at: dict[str, float] = {}
+        """When each known network was read."""
+        self._incomplete: frozenset[str] = frozenset()
+        """Networks with such endpoints."""
+        self._unwanted: frozenset[str] = frozenset()
+        """Networks that don't ask for acceleration: nothing that happens to them matters."""
+        self._hints: SimpleQueue[str] = SimpleQueue()
+        """Networks that have changed since the last look."""
+        self._again: frozenset[str] = frozenset()
+        """Networks that are to be read once more."""
+        self._reader = Worker("other-networks", self._gathered, retry=RETRY)
         self._listener = Worker("other-networks-events", self._listen, retry=RETRY)
 
     def known(self) -> tuple[OtherNetwork, ...]:
@@ -229,8 +240,13 @@ class OtherNetworks:
 
     def wake(self) -> None:
         """Read everything soon: something has changed."""
-        self._hinted = True
-        self._reader.wake()
+        self.hint(_ALL)
+
+    def hint(self, network_id: str) -> None:
+        """A network was made or removed, or a container has joined or left it."""
+        if network_id not in self._unwanted:
+            self._hints.put(network_id)
+            self._reader.wake()
 
     def start(self) -> None:
         self._reader.start()
@@ -243,9 +259,8 @@ class OtherNetworks:
 
     def _listen(self) -> float:
         try:
-            for _ in self._directory.changed_networks():
-                self._listener.stopped.wait(GATHER)
-                self.wake()
+            for network_id in self._directory.changed_networks():
+                self.hint(network_id)
         except EngineError as error:
             # The sync loop reports that the engine doesn't answer.
             log.debug("no events of the engine", reason=str(error))
@@ -253,27 +268,54 @@ class OtherNetworks:
         self.wake()
         return RETRY
 
+    def _gathered(self) -> float:
+        self._reader.stopped.wait(GATHER)
+        return self.once()
+
     def once(self) -> float:
         """Read what the engine lists; returns the seconds until the next look."""
         before, self._missing = self._missing, {}
-        hinted, self._hinted = self._hinted, False
+        hints = self._take_hints()
         try:
-            found = tuple(sorted(self._read(before), key=lambda each: each.view.id))
+            read = sorted(self._read(before, hints | self._again), key=lambda pair: pair[0].view.id)
         except EngineError as error:
-            self._missing = before
+            self._missing, self._again = before, self._again | hints
             log.debug("networks of other drivers can't be read", reason=str(error))
             return RETRY
+        self._read_at = {network.view.id: at for network, at in read}
+        self._again = hints
+        found = tuple(network for network, _ in read)
         listed = {each.id for network in found for each in network.endpoints}
         self._keys = {key: value for key, value in self._keys.items() if key in listed}
         if found != self._known:
             self._known = found
             self._changed()
-        waited = [self._clock() - since for since in self._missing.values()]
-        pauses = [max(SOON, each / 4) for each in waited if each < PATIENCE]
-        shared = any(each.crosses_hosts for each in found)
-        return min([*pauses, AGAIN if hinted else SHARED_REPEAT if shared else REPEAT])
+        return self._pause(hinted=bool(hints))
 
-    def _read(self, before: Mapping[str, float]) -> Iterator[OtherNetwork]:
+    def _take_hints(self) -> frozenset[str]:
+        found = set()
+        with contextlib.suppress(Empty):
+            while True:
+                found.add(self._hints.get_nowait())
+        return frozenset(found)
+
+    def _pause(self, *, hinted: bool) -> float:
+        now = self._clock()
+        waited = [now - since for since in self._missing.values()]
+        pauses = [max(SOON, each / 4) for each in waited if each < PATIENCE]
+        pauses += [max(GATHER, self._due(each) - now) for each in self._known]
+        return min([*pauses, AGAIN if hinted else REPEAT])
+
+    def _due(self, network: OtherNetwork) -> float:
+        """When a known network is read again without an event."""
+        pause = SHARED_REPEAT if network.crosses_hosts else REPEAT
+        return self._read_at[network.view.id] + pause
+
+    def _read(
+        self, before: Mapping[str, float], hints: frozenset[str]
+    ) -> Iterator[tuple[OtherNetwork, float]]:
+        """Networks that are to be accelerated, each with the time when it was read."""
+        known = {each.view.id: each for each in self._known}
         listing = self._directory.all_networks()
         self._refused = tuple(
             RefusedNetwork(each, reason)
@@ -282,15 +324,25 @@ class OtherNetworks:
             and not is_freeflow(each.driver)
             and (reason := why_not(each, self._on)) is not None
         )
-        for listed in listing:
-            if why_not(listed, self._on) is not None:
+        wanted = [each for each in listing if why_not(each, self._on) is None]
+        asking = {each.id for each in wanted} | {each.view.id for each in self._refused}
+        self._unwanted = frozenset(each.id for each in listing) - asking
+        incomplete, now = set(), self._clock()
+        for listed in wanted:
+            old = known.get(listed.id)
+            stale = hints & {_ALL, listed.id} or listed.id in self._incomplete
+            if old is not None and not stale and now < self._due(old):
+                yield old, self._read_at[listed.id]
                 continue
             view = self._directory.network(listed.id, services=listed.scope == _SWARM)
             if view is None:
                 continue
-            yield OtherNetwork(
-                view, _bridge_of(view), tuple(self._endpoints(view, before)), _balanced(view)
-            )
+            missing = len(self._missing)
+            endpoints = tuple(self._endpoints(view, before))
+            if len(self._missing) > missing:
+                incomplete.add(view.id)
+            yield OtherNetwork(view, _bridge_of(view), endpoints, _balanced(view)), now
+        self._incomplete = frozenset(incomplete)
 
     def _endpoints(self, view: NetworkView, before: Mapping[str, float]) -> Iterator[OtherEndpoint]:
         for container in view.containers:

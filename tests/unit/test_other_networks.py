@@ -62,11 +62,15 @@ class FakeEngine:
         self.views = {view.id: view for view in views}
         self.sandboxes: dict[str, str] = {}
         self.asked: list[str] = []
+        self.read: list[str] = []
+        """Networks in the order in which they were read."""
+        self.lists = 0
         self.down = False
         self.busy: set[str] = set()
 
     def all_networks(self) -> tuple[NetworkView, ...]:
         self._answer()
+        self.lists += 1
         return tuple(replace(view, containers=()) for view in self.views.values())
 
     def changed_networks(self) -> Iterator[str]:
@@ -74,6 +78,7 @@ class FakeEngine:
 
     def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
         self._answer()
+        self.read.append(network_id)
         view = self.views.get(network_id)
         return view if view is None or services else replace(view, services=())
 
@@ -249,12 +254,76 @@ def test_an_event_before_its_fact() -> None:
     assert reader.networks.once() == REPEAT
 
 
+def many_networks(count: int) -> tuple[NetworkView, ...]:
+    """Every other one with the label."""
+    return tuple(
+        a_view(id=f"{number:064x}", labels=LABELLED if number % 2 else {})
+        for number in range(count)
+    )
+
+
+def test_hundreds_of_networks() -> None:
+    """Of many networks only the one is read of which an event tells, twice; events of networks that
+    don't ask for acceleration cost nothing. All are read again after a while.
+    """
+    reader = Reader(*many_networks(1000))
+    assert reader.networks.once() == REPEAT
+    assert (len(reader.engine.read), reader.engine.lists) == (500, 1)
+    reader.engine.read.clear()
+    reader.networks.hint(f"{7:064x}")
+    reader.now += 1
+    assert reader.networks.once() == AGAIN
+    reader.now += AGAIN
+    assert reader.networks.once() == REPEAT - 2
+    assert reader.engine.read == [f"{7:064x}"] * 2
+    for number in range(0, 1000, 2):
+        reader.networks.hint(f"{number:064x}")
+    reader.now += 1
+    assert reader.networks.once() == REPEAT - 3
+    assert len(reader.engine.read) == 2
+    reader.now += REPEAT - 3
+    reader.networks.once()
+    assert len(reader.engine.read) == 2 + 499
+    assert reader.changes == 1
+
+
+def test_an_event_while_the_engine_is_silent() -> None:
+    """A change that couldn't be read is read as soon as the engine answers again."""
+    reader = Reader(a_view(containers=(a_container(2),)))
+    reader.engine.sandboxes = {"c2": "/netns/aa"}
+    reader.networks.once()
+    reader.engine.views["0" * 64] = a_view()
+    reader.networks.hint("0" * 64)
+    reader.engine.down = True
+    assert reader.networks.once() == RETRY
+    reader.engine.down = False
+    reader.networks.once()
+    assert reader.networks.known()[0].endpoints == ()
+
+
+def test_a_network_that_is_made_again() -> None:
+    """A network with the same name and subnet as one that was removed is another one, known with
+    its own containers only; so is one that is made with the label instead of without.
+    """
+    reader = Reader(a_view(containers=(a_container(2),)), a_view("2", labels={}))
+    reader.engine.sandboxes = {"c2": "/netns/aa", "c3": "/netns/bb"}
+    reader.networks.once()
+    again = a_view("1", name="app0", containers=(a_container(3, network="0"),))
+    reader.engine.views = {again.id: again, "3" * 64: a_view("3", name="app2")}
+    reader.networks.hint(again.id)
+    reader.networks.once()
+    one, other = reader.networks.known()
+    assert (one.view.id, [each.container for each in one.endpoints]) == (again.id, ["app-3"])
+    assert (other.view.id, other.endpoints) == ("3" * 64, ())
+
+
 def test_a_container_leaves() -> None:
     """A container that has left its network is forgotten, and its namespace with it."""
     reader = Reader(a_view(containers=(a_container(2), a_container(3))))
     reader.engine.sandboxes = {"c2": "/netns/aa", "c3": "/netns/bb"}
     reader.networks.once()
     reader.engine.views["0" * 64] = a_view(containers=(a_container(3),))
+    reader.networks.hint("0" * 64)
     reader.networks.once()
     assert [each.id for each in reader.networks.known()[0].endpoints] == ["e03"]
     reader.engine.views["0" * 64] = a_view(containers=(a_container(2), a_container(3)))
