@@ -19,6 +19,9 @@ With VIPs::
 
     with bed("client", "s1", "s2", vips={"10.78.0.100": ("s1", "s2")}) as made: ...
 
+With `bed("a", "b", bridged=True)` the network is as of Docker's `bridge` driver: the bridge is in
+the router's own namespace, where `made.on_host` calls functions.
+
 With `bed("a", loopback=True)` connections over loopback are upgraded too, for test suites that use
 nothing else. `made.learn(settings=...)` sends the router a new snapshot.
 
@@ -60,6 +63,8 @@ NETWORK: Final = "n1"
 ROUTER: Final = "router.sock"
 LIBRARY: Final = "libfreeflow.so"
 _PATIENCE: Final = 10.0
+BRIDGE: Final = "br0"
+_OTHER_DRIVER: Final[dict[str, Any]] = {"kind": "bridge", "foreign": True, "bridge": BRIDGE}
 
 # Its own /run, so that nothing appears in the host's.
 _INSIDE: Final = (
@@ -195,6 +200,8 @@ class NamespaceBed:
     """The first container's loopback addresses count as its own on the network."""
     guard: bool = True
     """Whether the router's sockets refuse descriptors, if the kernel can."""
+    host: int | None = None
+    """The namespace of router and bridge, if the network is another driver's."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -228,6 +235,7 @@ class NamespaceBed:
                 NetworkFact(
                     id=network,
                     subnets=(f"{SUBNET}.0/24", f"{SUBNET6}/64"),
+                    **({} if self.host is None else _OTHER_DRIVER),
                     vips={
                         vip: tuple(
                             str(self.containers[task].ipv4) if task in self.containers else task
@@ -246,13 +254,22 @@ class NamespaceBed:
         first = next(iter(self.containers.values()))
         return ("127.0.0.1", "::1") if self.loopback and container is first else ()
 
+    def on_host(self, function: Callable[[], T]) -> T:
+        """Call a function in the namespace of router and bridge."""
+        assert self.host is not None
+        return in_netns(self.host, function)
+
     def learn(self, **changes: Any) -> None:
         """Send the router the current state of this bed; see `facts` for `changes`."""
         self.router.replace_snapshot(self.facts(**changes))
 
     def router_command(self) -> list[str]:
         """The command that starts the router."""
+        place = (
+            [] if self.host is None else ["nsenter", f"--net=/proc/{os.getpid()}/fd/{self.host}"]
+        )
         return [
+            *place,
             sys.executable,
             "-m",
             "dataplane.router",
@@ -299,8 +316,8 @@ class NamespaceBed:
 def connect(containers: Sequence[BedContainer], bridge: int) -> None:
     def make_bridge() -> None:
         with IPRoute() as route:
-            route.link("add", ifname="br0", kind="bridge")
-            route.link("set", index=route.link_lookup(ifname="br0")[0], state="up")
+            route.link("add", ifname=BRIDGE, kind="bridge")
+            route.link("set", index=route.link_lookup(ifname=BRIDGE)[0], state="up")
 
     in_netns(bridge, make_bridge)
     for container in containers:
@@ -311,13 +328,24 @@ def connect(containers: Sequence[BedContainer], bridge: int) -> None:
                 peer = {"ifname": "eth0", "net_ns_fd": container.namespace}
                 route.link("add", ifname=port, kind="veth", peer=peer)
                 index = route.link_lookup(ifname=port)[0]
-                route.link("set", index=index, master=route.link_lookup(ifname="br0")[0])
+                route.link("set", index=index, master=route.link_lookup(ifname=BRIDGE)[0])
                 route.link("set", index=index, state="up")
 
         addresses = (IPv4Interface((container.ipv4, 24)), IPv6Interface((container.ipv6, 64)))
         in_netns(bridge, plug)
         container.do(partial(set_up, "eth0", *addresses))
         in_netns(bridge, partial(wait_operational, port))
+
+
+def _write_vips(made: NamespaceBed) -> None:
+    known = made.containers
+    table = {
+        IPv4Address(vip): tuple(known[task].ipv4 for task in tasks if task in known)
+        for vip, tasks in made.vips.items()
+    }
+    if table:
+        for container in known.values():
+            write_vips(container.namespace, table)
 
 
 @contextlib.contextmanager
@@ -330,13 +358,15 @@ def bed(
     loopback: bool = False,
     router: bool = True,
     guard: bool = True,
+    bridged: bool = False,
 ) -> Iterator[NamespaceBed]:
     """Containers of these names, and a router that knows them.
 
     `vips` maps an address to names of containers, or to addresses of tasks on other hosts.
     `networks` maps containers that are not on the common network to their network. With
     `router=False` no router runs until `start_router`. With `guard=False` the router's sockets
-    accept descriptors, as on kernels before Linux 6.16.
+    accept descriptors, as on kernels before Linux 6.16. With `bridged` the network is as of
+    Docker's `bridge` driver.
     """
     folder = Path(tempfile.mkdtemp(prefix="freeflow-bed-"))
     folder.chmod(0o755)
@@ -357,15 +387,10 @@ def bed(
     if library is not None:
         made.place_library(library)
     bridge = new_namespace()
+    made.host = bridge if bridged else None
     try:
         connect(list(containers.values()), bridge)
-        table = {
-            IPv4Address(vip): tuple(containers[task].ipv4 for task in tasks if task in containers)
-            for vip, tasks in made.vips.items()
-        }
-        if table:
-            for container in containers.values():
-                write_vips(container.namespace, table)
+        _write_vips(made)
         if router:
             made.start_router()
         yield made
