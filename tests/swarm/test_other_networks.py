@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from testbed import Bed, Host, wait_until
 from testbed.images import WORKLOAD_IMAGE
 from testbed.patience import patience
+from testbed.process import run
 from tests.swarm import busy
 from tests.swarm.conftest import (
     LIBRARY,
     REDIS,
+    address,
     make_network,
     make_service,
     run_container,
     unique,
 )
 
+BUSY = "-t get -n 100000000 -c 2 -q"
 LABEL = ("--label", "freeflow.accelerate=on")
 
 
@@ -49,18 +55,24 @@ def paths(host: Host, remote: str) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def benchmark(host: Host, client: str, target: str, port: int = 6379) -> Iterator[None]:
-    """Two connections of redis-benchmark that stay busy."""
-    load = host.spawn(
-        *("docker", "exec", client, "redis-benchmark", "-h", target, "-p", str(port)),
-        *("-t", "get", "-n", "100000000", "-c", "2", "-q"),
-    )
+def busy_program(host: Host, client: str, command: str) -> Iterator[None]:
+    """A program in a container, which must not end by itself."""
+    load = host.spawn("docker", "exec", client, *shlex.split(command))
     try:
         yield
         assert load.poll() is None
     finally:
+        # `docker exec` leaves its program behind.
+        host.exec(client, "pkill", command.split()[0], check=False)
         load.kill()
         load.wait(patience(20))
+
+
+@contextmanager
+def benchmark(host: Host, client: str, target: str, port: int = 6379) -> Iterator[None]:
+    """Two connections of redis-benchmark that stay busy."""
+    with busy_program(host, client, f"redis-benchmark {BUSY} -h {target} -p {port}"):
+        yield
 
 
 def answers(host: Host, client: str, target: str, port: int = 6379) -> bool:
@@ -73,11 +85,11 @@ def wait_answer(host: Host, client: str, target: str, port: int = 6379) -> None:
     wait_until(f"redis on {host.engine}", lambda: answers(host, client, target, port), 60)
 
 
-def wait_shared(host: Host) -> None:
+def wait_shared(host: Host, port: int = 6379) -> None:
     """Wait until both connections of a benchmark are in shared memory."""
 
     def shared() -> bool:
-        return paths(host, ":6379").count(("shm", "")) >= 2
+        return paths(host, f":{port}").count(("shm", "")) >= 2
 
     wait_until(f"shared memory on {host.engine}", shared, 60)
 
@@ -171,6 +183,70 @@ def test_an_internal_network(manager: Host) -> None:
         assert "PONG" not in manager.exec(client, *outside, check=False)
 
 
+def test_between_two_bridges(bed: Bed) -> None:
+    """Two labelled bridges stay apart, and where the firewall lets a connection through from one to
+    the other, it stays on TCP.
+    """
+    # Later engines let nothing of the kind through.
+    host = next(each for each in bed.hosts if each.engine.startswith("26"))
+    with bridge(host, *LABEL) as one, bridge(host, *LABEL) as other:
+        server = run_container(host, one, *LIBRARY, command=REDIS)
+        client = run_container(host, other, *LIBRARY)
+        wait_answer(host, run_container(host, one), server)
+        target = address(host, server, one)
+        assert not answers(host, client, target)
+        host.run("iptables", "-I", "DOCKER-USER", "-j", "ACCEPT")
+        try:
+            wait_answer(host, client, target)
+            with benchmark(host, client, target):
+                found = wait_until("them", lambda: paths(host, f"{target}:6379"), 20)
+                assert set(found) == {("bridge", "foreign")}
+        finally:
+            host.run("iptables", "-D", "DOCKER-USER", "-j", "ACCEPT")
+
+
+def test_equal_bridges_of_two_hosts(bed: Bed) -> None:
+    """Two hosts have bridges with the same subnet, and containers with the same address. A
+    connection from one to the other's published port works, and stays on TCP at both ends.
+    """
+    near, far = bed.hosts[:2]
+    same = (*LABEL, "--subnet", "172.31.250.0/24")
+    with bridge(near, *same) as here, bridge(far, *same) as there:
+        server = run_container(far, there, *LIBRARY, "--publish", "16380:6379", command=REDIS)
+        client = run_container(near, here, *LIBRARY)
+        assert address(far, server, there) == address(near, client, here)
+        wait_answer(near, client, str(far.address), 16380)
+        with benchmark(near, client, str(far.address), 16380):
+            for host, end in ((near, "remote"), (far, "local")):
+                port = ":16380" if host is near else ":6379"
+
+                def found(host: Host = host, end: str = end, port: str = port) -> set[str]:
+                    listed = json.loads(host.freeflow("connections", "--json"))["connections"]
+                    return {one["path"] for one in listed if one[end].endswith(port)}
+
+                assert wait_until("connections", found, 20) == {"bridge"}
+
+
+def test_the_same_subnet_again(manager: Host) -> None:
+    """A network that is made again with the same name and subnet is accelerated as the new one that
+    it is.
+    """
+    for _ in range(2):
+        network = "again"
+        manager.docker("network", "create", *LABEL, "--subnet", "172.31.251.0/24", network)
+        try:
+            server, client = start_pair(manager, network)
+            wait_answer(manager, client, server)
+            with benchmark(manager, client, server):
+                wait_shared(manager)
+                listed = manager.status()["other_networks"]
+                wanted = manager.docker("network", "inspect", "-f", "{{.Id}}", network).strip()
+                assert [each["id"] for each in listed] == [wanted]
+        finally:
+            manager.docker("rm", "-f", *manager.docker("ps", "-aq").split())
+            manager.docker("network", "rm", network)
+
+
 def test_dockers_overlay(manager: Host) -> None:
     """On a labelled overlay of Docker's, connections to a container's name move, within one host;
     those to a VIP stay on TCP and work.
@@ -182,12 +258,15 @@ def test_dockers_overlay(manager: Host) -> None:
         wait_shared(manager)
     here = ("--constraint", f"node.hostname=={manager.name}")
     service = make_service(manager, name, REDIS, *LIBRARY, *here, replicas=1)
-    wait_answer(manager, client, service)
-    with benchmark(manager, client, service):
-        found = wait_until("connections", lambda: paths(manager, ":6379"), 20)
-        assert {path for path, _ in found} == {"overlay"}
+    wait_answer(manager, client, f"tasks.{service}")
     with benchmark(manager, client, f"tasks.{service}"):
         wait_shared(manager)
+    # Not every kernel has IPVS, which overlay's VIPs need.
+    if Path("/proc/net/ip_vs").exists():
+        wait_answer(manager, client, service)
+        with benchmark(manager, client, service):
+            found = wait_until("connections", lambda: paths(manager, ":6379"), 20)
+            assert set(found) == {("overlay", "balanced")}
 
 
 def test_a_container_leaves_the_network(manager: Host) -> None:
@@ -220,6 +299,88 @@ def test_with_the_runtime(manager: Host) -> None:
             said = manager.docker(words[0], words[1], "--network", network, *words[2:])
             assert said.strip() == "[]"
     finally:
+        manager.freeflow("runtime", "uninstall")
+
+
+APPLICATION = """
+version: "3.8"
+services:
+  cache:
+    image: workload:latest
+    command: redis-server --bind 0.0.0.0 --protected-mode no --save ""
+  web:
+    image: workload:latest
+    command: sh -c "echo page >/var/www/html/index.html; exec nginx -g 'daemon off;'"
+  database:
+    image: workload:latest
+    command:
+      - sh
+      - -c
+      - |
+        as="setpriv --reuid=postgres --regid=postgres --clear-groups"
+        bin=$$(ls -d /usr/lib/postgresql/*/bin)
+        install -d -o postgres /tmp/data
+        $$as $$bin/initdb -A trust -D /tmp/data
+        echo "host all all all trust" >>/tmp/data/pg_hba.conf
+        exec $$as $$bin/postgres -D /tmp/data -h 0.0.0.0 -k /tmp
+  client:
+    image: workload:latest
+    command: sleep infinity
+    init: true
+"""
+ONE_LABEL = """
+networks:
+  default:
+    labels:
+      freeflow.accelerate: "on"
+"""
+PROGRAMS = {
+    6379: f"redis-benchmark {BUSY} -h cache",
+    80: "ab -k -q -n 100000000 -c 2 http://web/",
+    5432: "pgbench -n -f /tmp/select -h database -U postgres -c 2 -T 100000 postgres",
+}
+
+
+@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="needs docker-compose")
+def test_a_compose_application_with_one_label(manager: Host, tmp_path: Path) -> None:
+    """On a host with the runtime, a compose application of redis, nginx and PostgreSQL on a plain
+    bridge is as ever; with one label of its network, and nothing else, the connections of all three
+    move to shared memory.
+    """
+    file, project = tmp_path / "docker-compose.yml", unique("compose")
+    engine = f"DOCKER_HOST=unix://{manager.root}/run/docker.sock"
+
+    def compose(*arguments: str) -> str:
+        command = ("docker-compose", "-f", str(file), "-p", project, *arguments)
+        return run(["env", engine, *command], timeout=180)
+
+    def up(text: str) -> str:
+        """Start the application; the client's container, from which all servers answer."""
+        file.write_text(text)
+        compose("up", "-d")
+        client = compose("ps", "-q", "client").strip()
+        manager.exec(client, "sh", "-c", "echo 'select 1;' >/tmp/select")
+        ready = "redis-cli -h cache ping && curl -sf http://web/ && pg_isready -h database"
+        wait_until(
+            "the servers",
+            lambda: "accepting" in manager.exec(client, "sh", "-c", ready, check=False),
+            120,
+        )
+        return client
+
+    manager.freeflow("runtime", "install", "--default")
+    try:
+        client = up(APPLICATION)
+        with benchmark(manager, client, "cache"):
+            assert paths(manager, ":6379") == []
+        compose("down", "-t", "1")
+        client = up(APPLICATION + ONE_LABEL)
+        for port, program in PROGRAMS.items():
+            with busy_program(manager, client, program):
+                wait_shared(manager, port)
+        assert "added by the runtime" in manager.freeflow("doctor", client, check=False)
+    finally:
+        compose("down", "-t", "1")
         manager.freeflow("runtime", "uninstall")
 
 
