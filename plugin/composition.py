@@ -284,7 +284,7 @@ def _runtime_networks(paths: HostPaths, settings: Settings, core: Core) -> Runti
 def _admin(core: Core, snapshot: Snapshot, networks: RuntimeNetworks) -> Any:
     ping = Ping(core.driver, core.kernel, core.syncer, router=core.router)
     labels = PathLabels(core.driver, core.kernel, core.syncer)
-    named = TrafficNames(core.driver, core.kernel, core.syncer)
+    named = TrafficNames(core.driver, core.kernel, core.syncer, core.others.known)
     answers = AdminAnswers(
         status=snapshot,
         ping=ping,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -12,6 +12,7 @@ from dataplane.control import ConnectionTraffic, TrafficFacts
 from driver import allocate
 from driver.driver import Driver
 from driver.model import IPAddress, Network
+from driver.other_networks import OtherNetwork
 from driver.vip_table import NetworkState
 from plugin.facts import KernelFacts, SyncFacts
 from plugin.paths import PathLabels
@@ -51,6 +52,21 @@ class _Party:
     name: str = ""
     service: str = ""
     host: str = ""
+
+
+class _OtherDirectory:
+    """Who has which address of a network of another driver: containers of this host alone."""
+
+    def __init__(self, network: OtherNetwork, host: str) -> None:
+        self._parties = {
+            str(address): _Party(endpoint.container, "", host)
+            for endpoint in network.endpoints
+            for address in endpoint.addresses
+        }
+
+    def who(self, end: str) -> _Party:
+        """As that of `_Directory`."""
+        return self._parties.get(end.rpartition(":")[0].strip("[]"), _Party())
 
 
 class _Directory:
@@ -100,21 +116,26 @@ class _Directory:
 
 @dataclass(slots=True, eq=False)
 class TrafficNames:
-    """Adds names to the router's list."""
+    """Adds names to the router's list. `others`: accelerated networks of other drivers."""
 
     driver: Driver
     kernel: KernelFacts
     syncer: SyncFacts
+    others: Callable[[], Sequence[OtherNetwork]] = tuple
 
     def report(self, found: TrafficFacts) -> TrafficReport:
         """The router's list with names, and with the paths of packets as in `PathLabels`."""
         found = PathLabels(self.driver, self.kernel, self.syncer).connections(found)
         networks = {connection.network for connection in found.connections}
-        known = {
-            network.id: self._directory(network)
-            for network in self.driver.store.networks()
-            if network.id in networks
+        engine, _ = self.syncer.engine()
+        host = "" if engine is None else engine.hostname
+        others = {network.view.id: network for network in self.others()}
+        known: dict[str, _Directory | _OtherDirectory] = {
+            number: _OtherDirectory(others[number], host) for number in networks & others.keys()
         }
+        for network in self.driver.store.networks():
+            if network.id in networks:
+                known[network.id] = self._directory(network)
 
         def named(connection: ConnectionTraffic) -> NamedTraffic:
             directory = known.get(connection.network)
@@ -130,16 +151,11 @@ class TrafficNames:
 
         fields = msgspec.structs.asdict(found)
         fields["connections"] = tuple(map(named, found.connections))
-        engine, _ = self.syncer.engine()
-        return TrafficReport(
-            **fields,
-            host="" if engine is None else engine.hostname,
-            networks={
-                number: state.view.name
-                for number, state in self.syncer.state().items()
-                if state.view
-            },
+        names = {number: network.view.name for number, network in others.items()}
+        names.update(
+            (number, state.view.name) for number, state in self.syncer.state().items() if state.view
         )
+        return TrafficReport(**fields, host=host, networks=names)
 
     def _directory(self, network: Network) -> _Directory:
         made = _Directory(network, self.syncer.state().get(network.id))

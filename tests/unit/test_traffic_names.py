@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from dataplane.control import ConnectionTraffic, TrafficFacts
+from driver.model import NetworkView
+from driver.other_networks import OtherEndpoint, OtherNetwork
 from plugin.paths import FAST
 from plugin.traffic_names import NamedTraffic, TrafficNames, TrafficReport
 from tests.unit.facts import engine_view
@@ -108,6 +110,28 @@ def test_nothing_is_known(world: World) -> None:
     assert (found.service, found.peer, found.host) == ("", "", "host2")
     (found,) = report(world, "10.0.4.9:1", network="gone").connections
     assert (found.service, found.peer, found.host) == ("", "", "")
+
+
+def test_a_network_of_another_driver(world: World) -> None:
+    """On a network of another driver containers of this host have their names, and so has the
+    network.
+    """
+    known = OtherNetwork(
+        NetworkView(id="b", name="app", driver="bridge"),
+        "br-b",
+        tuple(
+            OtherEndpoint(name, name, (ip_address(address),), Path("/netns/1"))
+            for name, address in (("web-1", "172.20.0.2"), ("db-1", "fd00::3"))
+        ),
+    )
+    named = TrafficNames(world.driver, world.kernel, world.sync, lambda: (known,))
+    found = named.report(facts("172.20.0.2:80", "[fd00::3]:80", "172.20.0.1:80", network="b"))
+    assert [(each.peer, each.host) for each in found.connections] == [
+        ("web-1", "host1"),
+        ("db-1", "host1"),
+        ("", ""),
+    ]
+    assert found.networks["b"] == "app"
 
 
 def test_the_rest_is_the_routers(world: World) -> None:
