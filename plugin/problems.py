@@ -16,7 +16,7 @@ from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
 from plugin.deaths import OFTEN, RECENT, ROUTER, THREAD, WORKER
 from plugin.settings import Settings, correction
-from plugin.status import Finding, NetworkStatus, PartStatus
+from plugin.status import Finding, NetworkStatus, OtherNetworkStatus, PartStatus
 
 STALE: Final = 10.0
 """Seconds after which a network that can't be synced is a problem, not a hiccup."""
@@ -112,6 +112,18 @@ def stale_networks(networks: Iterable[NetworkStatus]) -> Iterator[Finding]:
                 f"network {_name(network)}: peers and VIPs stay as they were",
                 network.error,
                 f"docker network inspect {_name(network)}; freeflow doctor",
+            )
+
+
+def other_networks(networks: Iterable[OtherNetworkStatus]) -> Iterator[Finding]:
+    """Networks of other drivers whose label asks for what they can't have."""
+    for network in networks:
+        if network.reason:
+            yield Finding(
+                "warning",
+                f"network {network.name} asks for acceleration in vain",
+                network.reason,
+                "make it anew without the label freeflow.accelerate, or without that reason",
             )
 
 

@@ -134,7 +134,8 @@ class Snapshot:
         stage = self.kernel.stage()
         guarded = self.kernel.guarded()
         networks = self._networks(now, stage)
-        findings = self._problems(networks, stage, guarded)
+        others = [_other(network) for network in self.others()]
+        findings = self._problems(networks, others, stage, guarded)
         router = self._router(now, findings, stage)
         counts = Counter(dict.fromkeys(PATHS, 0))
         for entry in router.paths:
@@ -158,7 +159,7 @@ class Snapshot:
                 list(guarded.ports), guarded.reason, [str(sender) for sender in guarded.strangers]
             ),
             parts=self.deaths.all(),
-            other_networks=[_other(network) for network in self.others()],
+            other_networks=others,
         )
 
     def _networks(self, now: float, stage: Stage) -> list[NetworkStatus]:
@@ -297,7 +298,11 @@ class Snapshot:
         )
 
     def _problems(
-        self, networks: list[NetworkStatus], stage: Stage, guarded: Guarded
+        self,
+        networks: list[NetworkStatus],
+        others: list[OtherNetworkStatus],
+        stage: Stage,
+        guarded: Guarded,
     ) -> list[Finding]:
         _, engine_error = self.syncer.engine()
         return [
@@ -307,6 +312,7 @@ class Snapshot:
             *problems.engine(engine_error),
             # A silent engine is one problem, however many networks can't be synced for it.
             *([] if engine_error else problems.stale_networks(networks)),
+            *problems.other_networks(others),
             *problems.spoofed_frames(networks),
             *problems.vips(self.syncer.vip_errors(), self._sandboxes(networks)),
             *problems.scope(self.settings, networks),

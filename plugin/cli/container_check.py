@@ -12,6 +12,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from dataplane.control import VerbsDeviceFact
+from driver.answers import items, text_of
 from driver.errors import EngineError, FreeFlowError
 from driver.other_networks import LABEL, switch
 from plugin.cli import preload, verbs_check
@@ -93,7 +94,28 @@ def check_mount(name: str, container: dict[str, Any], by: str) -> Iterator[Findi
         )
 
 
-def check_network(name: str, status: Status) -> Iterator[Finding]:
+def _others(name: str, status: Status) -> list[str]:
+    """What the container's networks of other drivers gain."""
+    return [
+        f"on {network.name} ({network.driver}) connections move "
+        + ("within and between hosts" if network.between_hosts else "within this host")
+        for network in status.other_networks
+        if name in network.containers
+    ]
+
+
+def _refusals(container: dict[str, Any], status: Status) -> list[str]:
+    """Why networks of the container that ask for acceleration don't have it."""
+    own = (container.get("NetworkSettings") or {}).get("Networks") or {}
+    ids = {text_of(items(network).get("NetworkID")) for network in own.values()}
+    return [
+        f"{network.name}: {network.reason}"
+        for network in status.other_networks
+        if network.reason and network.id in ids
+    ]
+
+
+def check_network(name: str, container: dict[str, Any], status: Status) -> Iterator[Finding]:
     """Whether the container is on a network that accelerates."""
     networks = [
         network
@@ -105,7 +127,8 @@ def check_network(name: str, status: Status) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"{name} is on no network that is accelerated",
-            "only FreeFlow networks are, and others with the label freeflow.accelerate=on",
+            "; ".join(_refusals(container, status))
+            or "only FreeFlow networks are, and others with the label freeflow.accelerate=on",
             f"docker network connect NETWORK {name}",
         )
     elif not others and not any(network.acceleration for network in networks):
@@ -210,7 +233,8 @@ def examine_container(
     except FreeFlowError as error:
         found.findings.append(Finding.of("error", "the plugin is not running", error))
         return found.report()
-    found.add("a network of it is accelerated", check_network(name, status))
+    found.add("a network of it is accelerated", check_network(name, container, status))
+    found.passed += _others(name, status)
     _examine_verbs(client, found, name, processes, status, run)
     router = status.router
     if router is None or not router.up:

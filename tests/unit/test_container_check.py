@@ -247,10 +247,17 @@ def test_a_network_of_another_driver(world: World) -> None:
         id="b", name="app", driver="bridge", containers={NAME: ["172.20.0.2"]}
     )
     world.status = status(networks=[], other_networks=[found])
-    assert world.said() == []
+    report = world.report()
+    assert report.findings == []
+    assert "on app (bridge) connections move within this host" in report.passed
     found = OtherNetworkStatus(id="b", name="app", driver="macvlan", reason="it is a macvlan")
     world.status = status(networks=[], other_networks=[found])
-    assert world.said() == [f"{NAME} is on no network that is accelerated"]
+    (finding,) = world.report().findings
+    assert finding.what == f"{NAME} is on no network that is accelerated"
+    assert finding.cause.startswith("only FreeFlow networks are")
+    world.container["NetworkSettings"] = {"Networks": {"app": {"NetworkID": "b"}}}
+    (finding,) = world.report().findings
+    assert finding.cause == "app: it is a macvlan"
     world.status = status(networks=[network(acceleration=False)])
     assert world.said() == [f"acceleration is off on all networks of {NAME}"]
     world.status = status(settings={"ACCELERATION": "off"})

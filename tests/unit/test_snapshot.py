@@ -16,6 +16,7 @@ from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
 from driver.model import LocalContainer, NetworkView, Peer, Service, Subnet, Task
+from driver.other_networks import OtherEndpoint, OtherNetwork, RefusedNetwork
 from driver.sync import NetworkState
 from plugin.calls import CallStatistics
 from plugin.deaths import ROUTER, THREAD, WORKER, Deaths
@@ -418,6 +419,32 @@ def test_full_tables(world: World) -> None:
     """A full table of the fast path is a problem, with its name."""
     world.kernel.fastpath = Stage("tunnel", full=("peers: 3 peers of networks: map peers",))
     assert "is full" in world.problem()
+
+
+def test_networks_of_other_drivers(world: World) -> None:
+    """Status lists accelerated networks of other drivers with their containers, and finds one that
+    asks for acceleration in vain.
+    """
+    app = OtherNetwork(
+        NetworkView(id="b", name="app", driver="bridge", subnets=(POOL,)),
+        "br-b",
+        (OtherEndpoint("e", "web-1", (IPv4Address("10.0.4.2"),), Path("/netns/1")),),
+    )
+    apart = RefusedNetwork(NetworkView(id="c", name="apart", driver="bridge"), "they are apart")
+    world.snapshot = replace(world.snapshot, others=lambda: (app, apart))
+    one, other = world.status().other_networks
+    assert (one.driver, one.containers, one.between_hosts) == (
+        "bridge",
+        {"web-1": ["10.0.4.2"]},
+        False,
+    )
+    assert (other.name, other.reason) == ("apart", "they are apart")
+    (finding,) = world.status().problems
+    assert (finding.what, finding.cause) == (
+        "network apart asks for acceleration in vain",
+        "they are apart",
+    )
+    assert is_documented(finding.what)
 
 
 def test_more_addresses_than_are_told(world: World) -> None:
