@@ -30,8 +30,10 @@ class Admission:
         """The connection's network, and its server if it leads to a VIP; or why it is refused."""
         container = self._registry.containers[process.namespace]
         network = self._registry.knowledge.network_of(process.namespace, request.local.ip)
-        if network is None or not network.accelerated:
-            return why_not(network)
+        if network is None:
+            return self._why_unknown(process.namespace, request.local)
+        if not network.accelerated:
+            return Reason.OFF
         if not container.request_rate.take(self._registry.clock(), self._registry.limits.asks):
             return Reason.LIMIT
         # First: later answers would tell the process about addresses that it has no connection to.
@@ -96,12 +98,16 @@ class Admission:
         FreeFlow's networks have nothing between two containers, their VIPs are known, and the
         driver knows at once who has left. On another driver's a container's namespace may translate
         connections, and so may the host's, if that is between the two. Then each could have another
-        peer. And the engine may have given a container's address to another one a moment ago.
+        peer. And a moment ago the container may have ended, or the engine may have given its
+        address to another one.
         """
         if not network.foreign:
             return None
         for end in ends:
-            if not self._sockets.has_address(end.namespace, end.message.local.ip):
+            if not (
+                self._sockets.is_listed(end.namespace)
+                and self._sockets.has_address(end.namespace, end.message.local.ip)
+            ):
                 return Reason.NO_ENDPOINT
             if self._sockets.is_translated(end.namespace, end.message.local, end.message.remote):
                 return Reason.INTERCEPTED
@@ -111,6 +117,20 @@ class Admission:
         ):
             return None
         return Reason.INTERCEPTED
+
+    def _why_unknown(self, namespace: int, local: Address) -> Reason:
+        """Why an address is none of its container's on any network.
+
+        What the driver says of other drivers' networks comes late. So the container may have got
+        the address a moment ago, or be another one.
+        """
+        networks = [
+            each for each in self._registry.knowledge.networks_of(namespace) if each.foreign
+        ]
+        may_come = networks and (
+            any(local.ip in each for each in networks) or not self._sockets.is_listed(namespace)
+        )
+        return Reason.NO_ENDPOINT if may_come else Reason.FOREIGN
 
     def _clients(self, request: Request, network: KnownNetwork) -> int:
         """How many sockets of the client lead to this server, by its address or by a VIP."""
@@ -122,6 +142,11 @@ class Admission:
         return sum(self._sockets.exists(namespace, request.remote, remote) for remote in leading)
 
 
-def why_not(network: KnownNetwork | None) -> Reason:
-    """Why a connection in a network that is not accelerated stays on TCP; None: in no network."""
+def why_not(network: KnownNetwork | None, before: KnownNetwork | None) -> Reason:
+    """Why a connection stays on TCP whose network is another one now, or isn't accelerated."""
+    if network is not None and not network.accelerated:
+        return Reason.OFF
+    # What the driver says of other drivers' networks comes late, and may change again.
+    if any(each is not None and each.foreign for each in (network, before)):
+        return Reason.NO_ENDPOINT
     return Reason.FOREIGN if network is None else Reason.OFF

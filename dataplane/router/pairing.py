@@ -166,7 +166,7 @@ class Pairing:
         for waiting in self.requests:
             network = knowledge.network_of(waiting.namespace, waiting.message.local.ip)
             if network is None or network.id != waiting.network or not network.accelerated:
-                self.refuse(waiting, why_not(network))
+                self.refuse(waiting, why_not(network, before.networks.get(waiting.network)))
         self.verbs.replace_snapshot()
         self.verbs_connections.replace_snapshot()
         self.groups.replace_snapshot()

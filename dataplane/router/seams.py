@@ -74,6 +74,12 @@ class SocketTable(Protocol):
         """
         ...
 
+    def is_listed(self, namespace: int) -> bool:
+        """Whether a namespace is still the one of its container. The kernel uses the number of one
+        that has gone for a new one.
+        """
+        ...
+
     def has_address(self, namespace: int, ip: IPAddress) -> bool:
         """Whether an address is one of a namespace's own."""
         ...

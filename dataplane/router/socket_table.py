@@ -231,6 +231,14 @@ class Namespaces:
             os.close(descriptor)
         return inode
 
+    def is_listed(self, inode: int) -> bool:
+        """Whether the path of a namespace, as the driver's snapshot has it, still leads to it."""
+        path = self._path_of(inode)
+        try:
+            return path is not None and path.stat().st_ino == inode
+        except OSError:
+            return False
+
     def release(self, inode: int) -> None:
         """Release a namespace; the last release closes it."""
         held = self._held[inode]
@@ -374,6 +382,9 @@ class LinuxSocketTable:
         except KernelRefused:
             return True
         return entry is not None and entry.is_translated
+
+    def is_listed(self, namespace: int) -> bool:
+        return self._namespaces.is_listed(namespace)
 
     def has_address(self, namespace: int, ip: IPAddress) -> bool:
         try:

@@ -242,6 +242,24 @@ def test_addresses_of_a_namespace(host: BridgedHost) -> None:
         namespaces.close()
 
 
+def test_a_namespace_whose_container_has_ended(host: BridgedHost) -> None:
+    """A namespace is its container's as long as the path that the driver knows leads to it."""
+    paths: dict[int, Path | None] = {}
+    namespaces = Namespaces(paths.get, time.monotonic)
+    try:
+        table = LinuxSocketTable(namespaces)
+        inode = namespaces.hold(os.dup(host.containers["a"]))
+        for name, listed in (("a", True), ("b", False)):
+            paths[inode] = Path(f"/proc/{os.getpid()}/fd/{host.containers[name]}")
+            assert table.is_listed(inode) == listed
+        for path in (None, Path("/run/there/is/none")):
+            paths[inode] = path
+            assert not table.is_listed(inode)
+        namespaces.release(inode)
+    finally:
+        namespaces.close()
+
+
 @pytest.mark.parametrize("family", ["10.66.0", "fd66:"])
 def test_a_connection_that_does_not_exist(host: BridgedHost, family: str) -> None:
     """Where netfilter sees all packets, two sockets without packets between them aren't a

@@ -171,6 +171,35 @@ def test_one_address_on_two_bridges(made: NamespaceBed) -> None:
     assert mine.incarnation == answer.incarnation
 
 
+def test_the_number_of_a_namespace_that_has_gone(made: NamespaceBed) -> None:
+    """A container whose namespace got the number of one that has gone is not taken for that one's
+    container, though it has its address; both ends may ask again, and are paired when the driver
+    says who it is.
+    """
+    _, b, c = made.containers.values()
+    listener = listen(b.namespace, "0.0.0.0")
+    client = dial(c.namespace, str(b.ipv4))
+    accepted, _ = listener.accept()
+    facts = made.facts()
+    stale = tuple(
+        replace(each, path="/run/docker/netns/gone") if each.container == "c" else each
+        for each in facts.endpoints
+    )
+    made.learn(endpoints=stale)
+    newcomer, server = process(made, "c"), process(made, "b")
+    newcomer.ask(client)
+    server.ask(accepted)
+    for library in (newcomer, server):
+        refused, _ = library.hear(wire.Refuse)
+        assert refused.passes
+    made.learn()
+    newcomer.ask(client)
+    server.ask(accepted)
+    mine, _ = newcomer.hear(wire.Grant)
+    other, _ = server.hear(wire.Grant)
+    assert mine.incarnation == other.incarnation
+
+
 def again(made: NamespaceBed, *names: str) -> dict[str, Any]:
     """Facts with the same subnet on a network that was made again, with these containers on it."""
     facts = made.facts()

@@ -97,7 +97,7 @@ def remove_containers(host: Host) -> None:
 
 
 def remove_everything(bed: Bed) -> None:
-    """Remove all services, containers and FreeFlow networks of the bed."""
+    """Remove all services, containers and networks of the Swarm of the bed."""
     manager = bed.hosts[0]
     services = manager.docker("service", "ls", "-q").split()
     if services:
@@ -117,7 +117,8 @@ def remove_everything(bed: Bed) -> None:
         return [
             line.split()[0]
             for line in listed.splitlines()
-            if line.split()[1].startswith("freeflow") or line.split()[-1].startswith("ov-")
+            if line.split()[1].startswith("freeflow")
+            or (line.split()[1] == "overlay" and line.split()[-1] != "ingress")
         ]
 
     def removed() -> bool:

@@ -71,6 +71,8 @@ class FakeKernel:
     """Bridges, each with both addresses of a connection that the host doesn't carry as it is."""
     moved: set[tuple[int, IPAddress]] = field(default_factory=set)
     """Addresses that a namespace doesn't have any more."""
+    unlisted: set[int] = field(default_factory=set)
+    """Namespaces that are others' than the snapshot says."""
     sampled: int = 0
     """Counters of so many sockets were read."""
 
@@ -101,6 +103,9 @@ class FakeKernel:
     def is_translated(self, namespace: int, local: Address, remote: Address) -> bool:
         found = self.translated(namespace, local, remote)
         return found not in (None, (remote, local), (local, remote))
+
+    def is_listed(self, namespace: int) -> bool:
+        return namespace not in self.unlisted
 
     def has_address(self, namespace: int, ip: IPAddress) -> bool:
         return (namespace, ip) not in self.moved

@@ -100,6 +100,46 @@ def test_an_address_that_has_gone(world: World, namespace: int) -> None:
     assert len(world.grants(a)) == 1
 
 
+def test_a_namespace_that_is_anothers_now(world: World) -> None:
+    """A namespace whose number was that of a container that has ended gets nothing in that
+    container's place, and no refusal for good.
+    """
+    a, b = world.process(1), world.process(2)
+    world.kernel.unlisted = {1}
+    world.connect(a, b, 5000)
+    world.open_and_ask(a, "10.9.9.9:5000", "10.9.9.1:80")
+    refused = [refuse for each in (a, b) for refuse, _ in world.heard(each, wire.Refuse)]
+    assert [each.passes for each in refused] == [True] * 3
+    assert not world.grants(a) + world.grants(b)
+    assert world.pairing.counts.refused[Reason.NO_ENDPOINT] == 3
+
+
+def test_an_address_that_is_not_known_yet(world: World) -> None:
+    """An address of the network that its own container isn't listed with yet is refused for now;
+    one of elsewhere, such as the loopback device's, for good.
+    """
+    a = world.process(1)
+    for own in ("10.0.4.77", "127.0.0.1"):
+        world.open_and_ask(a, f"{own}:5000", "10.0.4.2:80")
+    assert [refuse.passes for refuse, _ in world.heard(a, wire.Refuse)] == [True, False]
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_request_whose_network_goes(world: World, made_again: bool) -> None:
+    """A request that waits while its network is removed, or made again, is refused for now."""
+    a = world.process(1)
+    world.open_and_ask(a, "10.0.4.1:5000", "10.0.4.2:80")
+    facts = bridged(world.facts)
+    networks = tuple(replace(each, id=f"{each.id}-again") for each in facts.networks)
+    endpoints = tuple(replace(each, network=f"{each.network}-again") for each in facts.endpoints)
+    if not made_again:
+        networks, endpoints = (), ()
+    world.pairing.replace_snapshot(
+        Knowledge(replace(facts, networks=networks, endpoints=endpoints))
+    )
+    assert [refuse.passes for refuse, _ in world.heard(a, wire.Refuse)] == [True]
+
+
 def test_a_load_balancer_of_another_driver() -> None:
     """A connection to or from an address behind which another driver chooses a task stays on TCP
     for good, whatever the containers' sockets and connection tracking say.
