@@ -33,6 +33,7 @@ from bench import (
     subjects,
     swarm_hosts,
     traffic,
+    verbs,
 )
 from bench.choice import pick
 from bench.errors import BenchError
@@ -41,15 +42,19 @@ from bench.servers import Servers
 from bench.stats import (
     CROSS_SUBJECTS,
     FREEFLOW,
+    FREEFLOW_DIRECT,
     FREEFLOW_PLAIN,
     HOST,
     LOCAL_SUBJECTS,
     OVERLAY,
+    VERBS_SUBJECTS,
     Row,
 )
+from driver.options import USER_KEYS
+from plugin.cli import preload
 from testbed.process import BedInUseError, CommandError
 
-SUITES: Final = ("same-host", "cross-host", "control")
+SUITES: Final = ("same-host", "cross-host", "control", "verbs")
 RELAY: Final = "relay"
 """Name of the relay's rows in `cross-host`."""
 BUDGET: Final = 420.0
@@ -57,8 +62,11 @@ BUDGET: Final = 420.0
 CROSS_BUDGET: Final = 1300.0
 """Seconds in which all rounds of `cross-host` end, so that it takes 25 minutes in all."""
 CROSS_SECONDS: Final = 2.0
-ROUNDS: Final = {"same-host": 12, "cross-host": 3, "control": 12}
-KNOWN: Final = tuple(dict.fromkeys((*LOCAL_SUBJECTS, *CROSS_SUBJECTS)))
+VERBS_SECONDS: Final = 0.5
+VERBS_BUDGET: Final = 450.0
+"""Seconds in which all rounds of `verbs` end."""
+ROUNDS: Final = {"same-host": 12, "cross-host": 3, "control": 12, "verbs": 7}
+KNOWN: Final = tuple(dict.fromkeys((*LOCAL_SUBJECTS, *CROSS_SUBJECTS, *VERBS_SUBJECTS)))
 QUICK_SECONDS: Final = 1.0
 QUICK_SETTLE: Final = 8.0
 LOCAL_BUDGET: Final = 500.0
@@ -106,7 +114,7 @@ def same_host(plan: SuitePlan) -> Mapping[str, Row]:
         congestion_control_allowed(),
         subjects.networks(plan.manager, some),
         subjects.pairs(
-            plan.manager, plan.manager, some, bench_image.IMAGE, accelerated=True
+            plan.manager, plan.manager, some, bench_image.IMAGE, str(subjects.LIBRARY)
         ) as pairs,
     ):
         return samehost.SameHost(
@@ -149,7 +157,7 @@ def cross_host(plan: SuitePlan) -> Mapping[str, Row]:
         stack.enter_context(subjects.networks(manager, some))
         # Pairs on one host last: leaving `pairs` removes all of our containers on its hosts.
         between = stack.enter_context(
-            subjects.pairs(manager, worker, some, bench_image.IMAGE, accelerated=True)
+            subjects.pairs(manager, worker, some, bench_image.IMAGE, str(subjects.LIBRARY))
         )
         within = stack.enter_context(subjects.pairs(worker, worker, local, bench_image.IMAGE))
         accounts = accounting.Accounts.of([host.group for host in hosts if host.group])
@@ -179,10 +187,61 @@ def control_plane(plan: SuitePlan) -> Mapping[str, Row]:
     ).measure()
 
 
+def verbs_suite(plan: SuitePlan) -> Mapping[str, Row]:
+    """Run the suite `verbs`. Programs load the libraries as `freeflow inject --verbs` says."""
+    some = [one for one in plan.subjects(VERBS_SUBJECTS) if not _without_option(plan, one)]
+    names = pick(plan.patterns, verbs.case_names())
+    across = any(name.startswith(verbs.ACROSS) for name in names)
+    manager, worker = hosts = (plan.manager.charged(), plan.worker.charged())
+    libraries = ":".join((preload.PRELOAD, *preload.VERBS))
+    with ExitStack() as stack:
+        stack.enter_context(congestion_control_allowed())
+        for host in hosts:
+            # The relays' own connections are the hosts'.
+            host.namespaces.set_congestion_control()
+        stack.enter_context(subjects.networks(manager, some))
+
+        def place(
+            client: swarm_hosts.BenchHost, some: Sequence[str], groups: list[Path]
+        ) -> verbs.Place:
+            pairs = stack.enter_context(
+                subjects.pairs(client, worker, some, bench_image.IMAGE, libraries)
+            )
+            servers = stack.enter_context(Servers())
+            accounts = accounting.Accounts.of(groups)
+            return verbs.Place({pair.subject: pair for pair in pairs}, servers, accounts)
+
+        # Pairs on one host last: leaving `pairs` removes all of our containers on its hosts.
+        # Between hosts nobody maps memory.
+        far = [one for one in some if one != FREEFLOW_DIRECT]
+        groups = [host.group for host in hosts if host.group]
+        between = place(manager, far, groups) if across else None
+        return verbs.VerbsSuite(
+            within=place(worker, some, [groups[1] / accounting.LOAD]),
+            between=between,
+            names=names,
+            rounds=plan.rounds,
+            seconds=plan.seconds or VERBS_SECONDS,
+            budget=VERBS_BUDGET,
+            order=plan.order,
+            say=plan.say,
+            take=verbs.VerbsRunner().take,
+        ).measure()
+
+
+def _without_option(plan: SuitePlan, subject: str) -> bool:
+    """Whether the driver has no such option as the subject's network needs."""
+    missing = set(subjects.OPTIONS.get(subject, ())) - set(USER_KEYS)
+    if missing:
+        plan.absent[subject] = f"the driver has no option {', '.join(missing)}"
+    return bool(missing)
+
+
 MEASURE: Final[dict[str, Callable[[SuitePlan], Mapping[str, Row]]]] = {
     "same-host": same_host,
     "cross-host": cross_host,
     "control": control_plane,
+    "verbs": verbs_suite,
 }
 
 
@@ -235,7 +294,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 @click.option(
     "--seconds",
     type=float,
-    help=f"Length of a run; default {CROSS_SECONDS:g}, or {LOCAL_SECONDS:g} in same-host. Some programs need more.",
+    help=f"Length of a run; default {CROSS_SECONDS:g}, {LOCAL_SECONDS:g} in same-host, {VERBS_SECONDS:g} in verbs. Some programs need more.",
 )
 @click.option(
     "--quick",

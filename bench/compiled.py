@@ -10,7 +10,7 @@ from typing import Final
 from bench.namespaces import run
 
 SOURCES: Final = Path(__file__).with_name("tools")
-NAMES: Final = ("pingpong", "throughput", "ring", "memload", "processes", "clients")
+NAMES: Final = ("pingpong", "throughput", "ring", "memload", "processes", "clients", "copies")
 CFLAGS: Final = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wshadow", "-Werror")
 
 

@@ -101,7 +101,9 @@ class Measure:
     """The case is in the suite `same-host`, not only in `quick`."""
 
 
-def _pingpong(kind: str, size: int) -> Callable[[Call], Seen]:
+def pingpong(kind: str, size: int) -> Callable[[Call], Seen]:
+    """Messages of `size` bytes there and back; the figure is in microseconds."""
+
     def call(it: Call) -> Seen:
         if it.pair.transport == RING:
             cores = (str(it.client_cores[0]), str(it.server_cores[0]))
@@ -115,7 +117,9 @@ def _pingpong(kind: str, size: int) -> Callable[[Call], Seen]:
     return call
 
 
-def _stream(size: int) -> Callable[[Call], Seen]:
+def stream(size: int) -> Callable[[Call], Seen]:
+    """Writes of `size` bytes in one direction; the figure is in GB/s."""
+
     def call(it: Call) -> Seen:
         if it.pair.transport == RING:
             cores = (str(it.client_cores[0]), str(it.server_cores[0]))
@@ -128,7 +132,8 @@ def _stream(size: int) -> Callable[[Call], Seen]:
     return call
 
 
-def _iperf3(it: Call) -> Seen:
+def iperf3_stream(it: Call) -> Seen:
+    """One stream of iperf3; the figure is in Gbit/s."""
     length = ("--time", str(max(1, round(it.seconds))))
     text = it.program(
         "iperf3", "--client", it.to.address, "--port", str(it.to.port), "--json", *length
@@ -215,7 +220,7 @@ def _trip(name: str, size: int, kind: ServerProgram, cores: tuple[int, int], abo
     return Measure(
         Case(name, "us", False, f"{about}, p50"),
         kind,
-        _pingpong(word, size),
+        pingpong(word, size),
         "round trip",
         ALL if apart and word == "stream" else SOCKETS,
         (cores[0],),
@@ -245,7 +250,7 @@ def _streams() -> list[Measure]:
                 f"one connection, writes of {size} bytes, two cores",
             ),
             STREAM,
-            _stream(size),
+            stream(size),
             "GB",
             ALL,
             (1,),
@@ -315,7 +320,7 @@ def _plain() -> list[Measure]:
     return [
         *_trips(),
         *_streams(),
-        Measure(iperf3, IPERF3, _iperf3, "GB", aside=1),
+        Measure(iperf3, IPERF3, iperf3_stream, "GB", aside=1),
         _redis("redis_p1_c1", 1, 1),
         _redis("redis_p1_c50", 50, 1),
         _redis("redis_p16_c50", 50, 16),

@@ -58,10 +58,12 @@ class ProcessNamespaces:
         cores: Collection[int] = (),
         before: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        own_pids: bool = False,
     ) -> list[str]:
         """The command line that runs `program` in these namespaces, on `cores` if there are any.
 
-        `before` is a command that runs the program; it is not preloaded.
+        `before` is a command that runs the program; it is not preloaded. With `own_pids` it runs in
+        the PID namespace too, as a child of the command line's program.
         """
         variables = {
             **({"LD_PRELOAD": self.library} if self.library else {}),
@@ -71,7 +73,8 @@ class ProcessNamespaces:
         join = ("sh", "-c", 'echo $$ >"$0" && exec "$@"', f"{self.group}/cgroup.procs")
         return [
             *(join if self.group else ()),
-            *("nsenter", f"--net={self.process}/ns/net", f"--mount={self.process}/ns/mnt", "--"),
+            *("nsenter", f"--net={self.process}/ns/net", f"--mount={self.process}/ns/mnt"),
+            *((f"--pid={self.process}/ns/pid", "--") if own_pids else ("--",)),
             *(("taskset", "--cpu-list", ",".join(map(str, sorted(cores)))) if cores else ()),
             *before,
             *(("env", *(f"{k}={v}" for k, v in variables.items())) if variables else ()),

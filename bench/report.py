@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Final, TypedDict, TypeGuard
 
 from bench.machine import Machine
-from bench.stats import FREEFLOW, OVERLAY, CrossRow, LocalRow, Row
+from bench.stats import FREEFLOW, OVERLAY, CrossRow, LocalRow, Row, VerbsRow
 
 HEADER = ("case", "unit", "freeflow", "overlay", "host", "to overlay", "to host", "spread", "runs")
 
@@ -22,13 +22,18 @@ CROSS_HEADER = (
     *("cpu to overlay", "cpu to off", "cpu to host", "p50 us", "p99 us"),
     *("connections_in_relay", "foreign", "spread", "runs"),
 )
+VERBS_HEADER = (
+    *("case", "unit", "freeflow", "direct", "overlay", "memcpy", "to overlay", "direct to overlay"),
+    *("to memcpy", "direct to memcpy", "cpu to overlay", "direct cpu to overlay", "foreign"),
+    *("spread", "runs", "met", "direct met", "goal"),
+)
 FEW: Final = 3
 """With fewer rounds than this a median means nothing."""
 
 
 class BenchReport(TypedDict):
     machine: Machine
-    results: Mapping[str, Row | LocalRow | CrossRow]
+    results: Mapping[str, Row | LocalRow | CrossRow | VerbsRow]
 
 
 def as_json(report: BenchReport) -> str:
@@ -120,6 +125,36 @@ def cross_lines(rows: Mapping[str, CrossRow]) -> list[tuple[str, ...]]:
     ]
 
 
+def verbs_lines(rows: Mapping[str, VerbsRow]) -> list[tuple[str, ...]]:
+    return [
+        (
+            *_named(name, row),
+            number(row["freeflow"]),
+            number(row["freeflow_direct"]),
+            number(row["overlay"]),
+            number(row["memcpy"]),
+            times(row["ratio_to_overlay"]),
+            times(row["direct_to_overlay"]),
+            times(row["ratio_to_memcpy"]),
+            times(row["direct_to_memcpy"]),
+            times(row["cpu_ratio_to_overlay"]),
+            times(row["cpu_direct_to_overlay"]),
+            percent(max(row["foreign"].values(), default=None)),
+            percent(row["spread"]),
+            str(row["runs"]),
+            verdict(row["met"]),
+            verdict(row["direct_met"]),
+            row["goal"],
+        )
+        for name, row in rows.items()
+    ]
+
+
+def verdict(met: bool | None) -> str:
+    """Whether a goal is met."""
+    return "-" if met is None else "yes" if met else "NO"
+
+
 def _beside(latency: Mapping[str, float]) -> str:
     """freeflow's latency, and overlay's behind a stroke."""
     if FREEFLOW not in latency and OVERLAY not in latency:
@@ -137,6 +172,10 @@ def is_local(row: Row | LocalRow | CrossRow) -> TypeGuard[LocalRow]:
 
 def is_cross(row: Row | LocalRow | CrossRow) -> TypeGuard[CrossRow]:
     return "connections_in_relay" in row
+
+
+def is_verbs(row: Row | LocalRow | CrossRow | VerbsRow) -> TypeGuard[VerbsRow]:
+    return "ratio_to_memcpy" in row
 
 
 def columns(
@@ -183,18 +222,20 @@ def as_table(report: BenchReport) -> str:
     rows = report["results"]
     local = {name: row for name, row in rows.items() if is_local(row)}
     cross = {name: row for name, row in rows.items() if is_cross(row)}
-    others = {name: row for name, row in rows.items() if name not in local and name not in cross}
+    verbs = {name: row for name, row in rows.items() if is_verbs(row)}
+    others = {name: row for name, row in rows.items() if name not in {*local, *cross, *verbs}}
     if any(0 < row["runs"] < FEW for row in rows.values()):
         about += f"FEW ROUNDS: rows with fewer than {FEW} runs only show that the cases work.\n"
     about += CROSS_NOTES if cross else ""
     about += "".join(f"no {name}: {why}\n" for name, why in machine["absent"].items())
     tables = [columns(LOCAL_HEADER, local_lines(local))] if local else []
     tables += [columns(CROSS_HEADER, cross_lines(cross))] if cross else []
+    tables += [columns(VERBS_HEADER, verbs_lines(verbs))] if verbs else []
     tables += [columns(HEADER, lines(others))] if others else []
     notes = "".join(f"{name}: {row['about']}\n" for name, row in rows.items())
     failed = "".join(
         f"failed: {name} on {subject}: {why}\n"
-        for some in (local, cross)
+        for some in (local, cross, verbs)
         for name, row in some.items()
         for subject, why in row["failed"].items()
     )

@@ -21,11 +21,16 @@ FREEFLOW_PLAIN: Final = "freeflow_plain"
 """Without the library."""
 FREEFLOW_OFF: Final = "freeflow_off"
 """With the library, on a network without the relay: overlay and fast path."""
+FREEFLOW_DIRECT: Final = "freeflow_direct"
+"""With the library, on a network whose peers map each other's registered memory."""
 AF_UNIX: Final = "af_unix"
 RING: Final = "ring"
 """A bare ring in shared memory."""
+MEMCPY: Final = "memcpy"
+"""One core that copies bytes."""
 LOCAL_SUBJECTS: Final = (FREEFLOW, FREEFLOW_PLAIN, OVERLAY, HOST, AF_UNIX, RING)
 CROSS_SUBJECTS: Final = (FREEFLOW, FREEFLOW_OFF, OVERLAY, HOST)
+VERBS_SUBJECTS: Final = (FREEFLOW, FREEFLOW_DIRECT, OVERLAY)
 
 Samples = Mapping[str, Sequence[float]]
 """Subject to one figure per run."""
@@ -96,6 +101,25 @@ class CrossRow(CostRow):
     connections_in_relay: float | None
     paths: dict[str, int]
     foreign: dict[str, float]
+
+
+class VerbsRow(CostRow):
+    """A row of the suite `verbs`; CPU time is that of both hosts.
+
+    `met` and `direct_met` say whether `freeflow` and `freeflow_direct` reach the goal; None: there
+    is no figure. `foreign` is as in `CrossRow`.
+    """
+
+    freeflow_direct: float | None
+    memcpy: float | None
+    direct_to_overlay: float | None
+    ratio_to_memcpy: float | None
+    direct_to_memcpy: float | None
+    cpu_direct_to_overlay: float | None
+    foreign: dict[str, float]
+    goal: str
+    met: bool | None
+    direct_met: bool | None
 
 
 @dataclass(slots=True)
@@ -228,4 +252,28 @@ def cross_row(
         connections_in_relay=statistics.median(in_relay) if in_relay else None,
         paths=dict(paths),
         foreign=medians(foreign),
+    )
+
+
+def verbs_row(measured: Measured, goal: str, foreign: Samples) -> VerbsRow:
+    """The row of a case, with the limit that memory sets; the caller sets `met`."""
+    made = measured.cost_row()
+    middle = medians(measured.figures)
+    direct, copied = middle.get(FREEFLOW_DIRECT), middle.get(MEMCPY)
+    for subject in (FREEFLOW_DIRECT, MEMCPY):
+        made["spread_of"][subject] = spread(measured.figures.get(subject) or ())
+    known = [value for value in made["spread_of"].values() if value is not None]
+    made["spread"] = max(known) if known else None
+    return VerbsRow(
+        **made,
+        freeflow_direct=direct,
+        memcpy=copied,
+        direct_to_overlay=ratio(direct, made["overlay"]),
+        ratio_to_memcpy=ratio(made["freeflow"], copied),
+        direct_to_memcpy=ratio(direct, copied),
+        cpu_direct_to_overlay=ratio(made["cpu"].get(FREEFLOW_DIRECT), made["cpu"].get(OVERLAY)),
+        foreign=medians(foreign),
+        goal=goal,
+        met=None,
+        direct_met=None,
     )

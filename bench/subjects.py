@@ -19,14 +19,23 @@ from bench.engine_api import address
 from bench.errors import BenchError, EngineRefusedError, ProgramError
 from bench.namespaces import RING as BARE_RING
 from bench.namespaces import TOOLS, UNIX, ProcessNamespaces, SubjectPair, run
-from bench.stats import AF_UNIX, FREEFLOW, FREEFLOW_OFF, FREEFLOW_PLAIN, HOST, OVERLAY, RING
+from bench.stats import (
+    AF_UNIX,
+    FREEFLOW,
+    FREEFLOW_DIRECT,
+    FREEFLOW_OFF,
+    FREEFLOW_PLAIN,
+    HOST,
+    OVERLAY,
+    RING,
+)
 from bench.swarm_hosts import LABEL, PLUGIN, BenchHost
 
 DRIVERS: Final = {FREEFLOW: PLUGIN, OVERLAY: "overlay"}
 """Subjects with a network of their own that every suite measures."""
-NETWORKS: Final = {**DRIVERS, FREEFLOW_OFF: PLUGIN}
-OPTIONS: Final = {FREEFLOW_OFF: {"relay": "off"}}
-ACCELERATED: Final = (FREEFLOW, FREEFLOW_OFF)
+NETWORKS: Final = {**DRIVERS, FREEFLOW_OFF: PLUGIN, FREEFLOW_DIRECT: PLUGIN}
+OPTIONS: Final = {FREEFLOW_OFF: {"relay": "off"}, FREEFLOW_DIRECT: {"verbs_direct": "on"}}
+ACCELERATED: Final = (FREEFLOW, FREEFLOW_OFF, FREEFLOW_DIRECT)
 SHARED: Final = Path("/run/freeflow")
 """The folder that a container mounts for the library."""
 LIBRARY: Final = SHARED / "libfreeflow.so"
@@ -73,14 +82,14 @@ def remove_network(manager: BenchHost, name: str, patience: float = 30.0) -> Non
 
 
 def container(
-    image: str, subject: str, program: Sequence[str], accelerated: bool = False
+    image: str, subject: str, program: Sequence[str], preload: str = ""
 ) -> dict[str, Any]:
-    """The request that creates a container; `accelerated`: with the library."""
+    """The request that creates a container; `preload` are the libraries that it has from us."""
     host: dict[str, Any] = {"NetworkMode": network_name(subject)}
     environment = []
-    if accelerated:
+    if preload:
         host["Mounts"] = [{"Type": "bind", "Source": str(SHARED), "Target": str(SHARED)}]
-        environment.append(f"LD_PRELOAD={LIBRARY}")
+        environment.append(f"LD_PRELOAD={preload}")
     return {
         "Image": image,
         "Entrypoint": [],
@@ -99,9 +108,9 @@ def sweep(hosts: Sequence[BenchHost]) -> None:
 
 
 def _start_container(
-    host: BenchHost, subject: str, image: str, program: Sequence[str], accelerated: bool
+    host: BenchHost, subject: str, image: str, program: Sequence[str], preload: str
 ) -> ProcessNamespaces:
-    body = container(image, subject, program, accelerated)
+    body = container(image, subject, program, preload)
     identifier = host.engine.create_container(body)
     host.engine.start(identifier)
     inspected = host.engine.inspect(identifier)
@@ -109,9 +118,8 @@ def _start_container(
     if not pid:
         raise BenchError(f"{host.name}: container {identifier[:12]} on {subject} ended at once")
     where = host.address if subject == HOST else address(inspected, network_name(subject))
-    library = str(LIBRARY) if accelerated else ""
     group = host.group / LOAD if host.group else None
-    namespaces = ProcessNamespaces(host.root / "proc" / str(pid), where, library, group=group)
+    namespaces = ProcessNamespaces(host.root / "proc" / str(pid), where, preload, group=group)
     namespaces.set_congestion_control()
     return namespaces
 
@@ -143,17 +151,17 @@ def pairs(
     server: BenchHost,
     subjects: Sequence[str],
     image: str,
-    accelerated: bool = False,
+    preload: str = "",
 ) -> Iterator[tuple[SubjectPair, ...]]:
     """Both containers of each subject, with servers that answer. Both hosts may be the same.
 
-    With `accelerated`, the subjects in `ACCELERATED` have the library.
+    `preload` are libraries that the subjects in `ACCELERATED` have.
     """
     hosts = [client] if client == server else [client, server]
     try:
         made = []
         for subject in subjects:
-            fast = accelerated and subject in ACCELERATED
+            fast = preload if subject in ACCELERATED else ""
             serving = _start_container(server, subject, image, [f"{TOOLS}/servers"], fast)
             calling = _start_container(client, subject, image, ["sleep", "infinity"], fast)
             pair = SubjectPair(subject, calling, serving)

@@ -39,7 +39,9 @@ WORKLOAD: Final = (
 WORKLOAD_IMAGE: Final = "workload:latest"
 BENCH: Final = (
     *("ca-certificates", "curl", "iperf3", "iproute2", "iputils-ping"),
-    *("memcached", "nginx-light", "postgresql", "redis-server", "redis-tools", "wrk"),
+    *("memcached", "netpipe-openmpi", "nginx-light", "openmpi-bin", "openssh-client"),
+    *("openssh-server", "perftest", "postgresql", "rdmacm-utils", "redis-server", "redis-tools"),
+    *("ucx-utils", "wrk"),
 )
 """Debian packages of the image that benchmarks and the demo run."""
 

@@ -121,6 +121,14 @@ def test_stream_counts_what_arrived(tools: Path) -> None:
     assert moved.seconds >= 0.2
 
 
+def test_copies(tools: Path) -> None:
+    """Whole copies are counted, in the time that they took."""
+    moved = parse.moved(run(tools / "copies", 65536, 0.1).stdout)
+    assert moved.count > 0
+    assert moved.count % 65536 == 0
+    assert 0.1 <= moved.seconds < 10
+
+
 def test_stream_with_bytes_missing_is_an_error(tools: Path) -> None:
     """Different counts of reader and writer are an error."""
 
