@@ -23,18 +23,33 @@ from typing import Any, Final, cast
 from bench import plot
 from bench.chart import ratios_as_svg
 from bench.errors import BenchError
-from bench.report import FEW, BenchReport, is_cross, number
-from bench.stats import FREEFLOW, OVERLAY, CrossRow, LocalRow, Row
+from bench.report import FEW, BenchReport, is_cross, is_verbs, number
+from bench.stats import (
+    FREEFLOW,
+    FREEFLOW_DIRECT,
+    MEMCPY,
+    OVERLAY,
+    CrossRow,
+    LocalRow,
+    Row,
+    VerbsRow,
+)
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
 FOLDER: Final = DOCS / "pictures"
 BENCHMARKS: Final = DOCS / "benchmarks.md"
 CHART: Final = FOLDER / "ratios.svg"
 CROSS_HOST: Final = "cross-host"
-NAMES: Final = ("same-host", CROSS_HOST)
+VERBS: Final = "verbs"
+NAMES: Final = ("same-host", CROSS_HOST, VERBS)
 """Suites whose results are published, in the order of the chart."""
+MARKS: Final = {CROSS_HOST: ", two hosts", VERBS: ", RDMA verbs"}
+"""What the chart adds to the names of a suite's cases."""
 ABSENT: Final = "No measurement is stored yet."
-PROGRAMS: Final = ("redis", "memcached", "nginx", "pgbench")
+PROGRAMS: Final = (
+    *("redis", "memcached", "nginx", "pgbench"),
+    *("send_lat_2b", "write_bw", "ucx", "mpi"),
+)
 """Cases of the chart begin with one of these; the table has all cases."""
 TITLE: Final = (
     "FreeFlow with the library, compared with Docker's overlay (1 = equal, longer = better)"
@@ -118,17 +133,17 @@ def results() -> dict[str, BenchReport]:
 
 
 def draw_chart(reports: Mapping[str, BenchReport]) -> str:
-    """The chart of the stored results, as SVG: one host's cases, then those of two hosts."""
+    """The chart of the stored results, as SVG: one host's cases, those of two hosts, and verbs."""
     bars, machines = [], []
     for name, report in reports.items():
         cases = [
             case
             for case in report["results"]
-            if case.startswith(PROGRAMS) and not case.endswith("_cpu")
+            if case.startswith(PROGRAMS) and not case.endswith(("_cpu", "_asleep"))
         ]
-        two = name == CROSS_HOST
-        bars += plot.ratios(report, cases, OVERLAY, ", two hosts" if two else "")
-        machines.append(("two hosts: " if two else "") + plot.about(report))
+        mark = MARKS.get(name, "")
+        bars += plot.ratios(report, cases, OVERLAY, mark)
+        machines.append(f"{mark[2:]}: {plot.about(report)}" if mark else plot.about(report))
     return ratios_as_svg(bars, TITLE, "\n".join(machines) + plot.WHISKERS)
 
 
@@ -136,7 +151,7 @@ def _ratio(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "–"
 
 
-def _latency(row: Row | LocalRow | CrossRow, key: str) -> str:
+def _latency(row: Row | LocalRow | CrossRow | VerbsRow, key: str) -> str:
     """freeflow's latency, and that of overlay behind a stroke, in microseconds."""
     found = cast("dict[str, dict[str, float]]", row).get(key) or {}
     if FREEFLOW not in found or OVERLAY not in found:
@@ -168,6 +183,39 @@ CROSS_COLUMNS: Final[dict[str, Cell]] = {
     ),
     "spread": COLUMNS["spread"],
 }
+
+
+def _figure(subject: str) -> Cell:
+    return lambda name, row: number(row[subject]).replace("-", "–")
+
+
+def _aim(key: str) -> Cell:
+    """A case's goal, and whether the row reaches it."""
+    return lambda name, row: "–" if row[key] is None else "yes" if row[key] else "**no**"
+
+
+VERBS_COLUMNS: Final[dict[str, Cell]] = {
+    "case": COLUMNS["case"],
+    "what": COLUMNS["what"],
+    "unit": lambda name, row: row["unit"].replace("us", "µs"),
+    "FreeFlow": _figure(FREEFLOW),
+    "direct": _figure(FREEFLOW_DIRECT),
+    "`overlay`": _figure(OVERLAY),
+    "memcpy": _figure(MEMCPY),
+    "to `overlay`": COLUMNS["to `overlay`"],
+    "direct to `overlay`": lambda name, row: _ratio(row["direct_to_overlay"]),
+    "to memcpy": lambda name, row: _ratio(row["ratio_to_memcpy"]),
+    "direct to memcpy": lambda name, row: _ratio(row["direct_to_memcpy"]),
+    "CPU, µs": lambda name, row: (
+        number(row["cpu"].get(FREEFLOW)) + row["cpu_unit"].replace("us/", " per ")
+    ),
+    "CPU to `overlay`": COLUMNS["CPU per unit of work"],
+    "direct CPU to `overlay`": lambda name, row: _ratio(row["cpu_direct_to_overlay"]),
+    "spread": COLUMNS["spread"],
+    "aim": lambda name, row: row["goal"].replace("_", " ").replace("<=", "≤").replace(">=", "≥"),
+    "met": _aim("met"),
+    "direct met": _aim("direct_met"),
+}
 LATENCIES: Final[dict[str, Cell]] = {
     "p50, µs": lambda name, row: _latency(row, "p50_us"),
     "p99, µs": lambda name, row: _latency(row, "p99_us"),
@@ -190,7 +238,15 @@ def make_table(report: BenchReport) -> str:
         f"{machine['cores']} cores, {machine['cpu']},\nLinux {machine['kernel']}, engine "
         f"{', '.join(machine['engines'])}, load before {machine['load']:.1f}.\n"
     )
-    columns = CROSS_COLUMNS if any(is_cross(row) for row in rows.values()) else COLUMNS
+    columns = COLUMNS
+    if any(is_cross(row) for row in rows.values()):
+        columns = CROSS_COLUMNS
+    elif any(is_verbs(row) for row in rows.values()):
+        columns = {
+            name: cell
+            for name, cell in VERBS_COLUMNS.items()
+            if any(cell(case, row) != "–" for case, row in rows.items())
+        }
     if any(_latency(row, "p50_us") != "–" for row in rows.values()):
         columns = {**columns, **LATENCIES}
         head += "Latencies are those of FreeFlow / `overlay`.\n"

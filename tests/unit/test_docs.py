@@ -13,7 +13,7 @@ from bench.errors import BenchError
 from bench.latency import Latency
 from bench.machine import Machine
 from bench.report import BenchReport
-from bench.stats import Case, Measured, cross_row
+from bench.stats import Case, Measured, cross_row, verbs_row
 from dataplane.verbs import symbols
 from tools import commit_subjects, files, pictures, prose
 
@@ -110,7 +110,7 @@ def test_results_of_two_hosts_join_the_chart() -> None:
     and the page says so.
     """
     two = _stored("redis_p1_c50", 3)
-    text = "<!-- begin same-host -->\n<!-- end same-host -->\n<!-- begin cross-host -->\n<!-- end cross-host -->\n"
+    text = "<!-- begin same-host -->\n<!-- end same-host -->\n<!-- begin cross-host -->\n<!-- end cross-host -->\n<!-- begin verbs -->\n<!-- end verbs -->\n"
     one = pictures.results()["same-host"]
     both = {"same-host": one, "cross-host": two}
     assert "redis_p1_c50, two hosts" in pictures.draw_chart(both)
@@ -118,6 +118,30 @@ def test_results_of_two_hosts_join_the_chart() -> None:
     line = "| redis_p1_c50 | what it is | 3 | – | – | 0.5 | – | – | 50 of 50 | 0% | 10 / 30 | 20 / 50 |"
     assert line in pictures.with_tables(text, both)
     assert pictures.ABSENT in pictures.with_tables(text, {"same-host": one})
+
+
+def test_results_of_verbs_join_the_chart() -> None:
+    """A stored result of verbs has its figures and aims in a table, without empty columns, and a
+    few of its cases in the chart.
+    """
+    measured = Measured(Case("send_lat_2b", "us", False, "what it is"), "round trip")
+    for _ in range(3):
+        measured.keep("freeflow", 0.5, 2.0, None)
+        measured.keep("overlay", 20.0, 80.0, None)
+    row = verbs_row(measured, "figure <= 0.5 or to_overlay <= 0.05", {})
+    row["met"] = False
+    machine = {**pictures.results()["same-host"]["machine"], "rounds": 3}
+    rows = {"send_lat_2b": row, "read_lat_2b": row}
+    made = BenchReport(machine=cast("Machine", machine), results=rows)
+    head, _, line = pictures.make_table(made).splitlines()[-4:-1]
+    assert "direct" not in head
+    assert line == (
+        "| send_lat_2b | what it is | µs | 0.5 | 20 | 0.025 | 2 per round trip | 0.025 | 0% | "
+        "figure ≤ 0.5 or to overlay ≤ 0.05 | **no** |"
+    )
+    chart = pictures.draw_chart({"same-host": pictures.results()["same-host"], "verbs": made})
+    assert "send_lat_2b, RDMA verbs" in chart
+    assert "read_lat_2b" not in chart
 
 
 def test_too_few_rounds_are_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
