@@ -27,11 +27,16 @@ MAX_DATA: Final = 60_000
 """Bytes that one `PeerFrame` carries."""
 MAX_WAITS: Final = 4096
 """Offers in one `Waits`, connections in one `Leaves`."""
+MAX_PRIVATE: Final = 256
+"""Bytes of private data in one `VerbsStep`."""
+MAX_ALIVE: Final = 8192
+"""Numbers of either kind in one `VerbsAlive`."""
 MAX_BLOB: Final = 128
 """Bytes of a relay's memory location or link address."""
 
 _LENGTH: Final = struct.Struct(">I")
 
+U8 = Annotated[int, Meta(ge=0, lt=1 << 8)]
 U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 TICKET: Final = 32
@@ -109,6 +114,48 @@ class VerbsOffer(msgspec.Struct, frozen=True, tag=True):
     peer_gid: AddressText
     peer_qpn: U32
     service: U32
+
+
+class VerbsStep(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """A step of a connection of rdma_cm: what one end says to the other.
+
+    `number` is that of the host that asked, with `asks` the sender. `gid` is the sender's. `step`
+    is one of enum verbs_step, and the other fields are those of struct v_connection
+    (dataplane/library/verbs_protocol.h). Only for peers whose Hello has `verbs`.
+    """
+
+    number: U32
+    asks: bool
+    step: Annotated[int, Meta(ge=1, le=8)]
+    network: NetworkId
+    gid: AddressText
+    peer_gid: AddressText
+    space: U32 = 0
+    port: U32 = 0
+    from_port: U32 = 0
+    qpn: U32 = 0
+    service: U32 = 0
+    """`type` there."""
+    psn: U32 = 0
+    qkey: U32 = 0
+    reject: U32 = 0
+    responder_resources: U8 = 0
+    initiator_depth: U8 = 0
+    flow_control: U8 = 0
+    retry: U8 = 0
+    rnr_retry: U8 = 0
+    srq: U8 = 0
+    private: Annotated[bytes, Meta(max_length=MAX_PRIVATE)] = b""
+
+
+class VerbsAlive(msgspec.Struct, frozen=True, tag=True):
+    """The numbers of the connections of rdma_cm that the sender has with the receiver, first of all
+    in a session. `asking`: it has asked for them. `last`: all are said.
+    """
+
+    asking: Annotated[tuple[U32, ...], Meta(max_length=MAX_ALIVE)]
+    asked: Annotated[tuple[U32, ...], Meta(max_length=MAX_ALIVE)]
+    last: bool
 
 
 class Waits(msgspec.Struct, frozen=True, tag=True):
@@ -237,6 +284,8 @@ Message = (
     | Owns
     | Offer
     | VerbsOffer
+    | VerbsStep
+    | VerbsAlive
     | Waits
     | Leaves
     | Withdraw

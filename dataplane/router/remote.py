@@ -7,6 +7,7 @@ This module passes what sessions, links, the relay and this host's registry repo
     remote_events.py       phases, events and actions of a connection
     remote_end.py          what an event means in a phase
     remote_connections.py  the connections: executes the actions
+    verbs_far.py           connections of rdma_cm
     links.py               the links between the relays, and their transports
 
 A peer's router can affect only connections with its own host. Each router checks its own end with
@@ -41,6 +42,7 @@ from dataplane.router.remote_matches import Match
 from dataplane.router.remote_requests import EntryRule, RemoteRequest, RemoteRequests, waits
 from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import SessionUser
+from dataplane.router.verbs_far import FarConnections
 from dataplane.router.verbs_remote import RemoteQueuePairs
 from dataplane.router.verbs_stranded import StrandedQueuePairs
 
@@ -97,6 +99,13 @@ class Remotes(LentArenas, Generic[SessionsT]):
             self.links,
             memory,
             trace,
+        )
+        self.far = FarConnections(
+            pairing.verbs_connections,
+            self.sessions,
+            self.hosts,
+            lambda: pairing.knowledge,
+            self.why_not,
         )
         self._stranded = StrandedQueuePairs(loop, self.hosts, self.links, self.connections)
         self.why = dict.fromkeys(Transport, "the router has just started")
@@ -166,6 +175,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
         self.links.forget(host.address)
         self.requests.forget(host)
         self.queue_pairs.forget(host)
+        self.far.end_all(host)
         self.connections.forget(host)
         self.hosts.remove(host)
 
@@ -351,6 +361,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
             self.connections.forget_broken(host)
         host.hello, host.instance, host.node = hello, hello.instance, hello.node
         self.hosts.tell_owned(host)
+        self.far.session_up(host)
         self.connections.step_all(host, Event(On.SESSION_UP))
         self.requests.session_up(host)
         self.queue_pairs.session_up(host)
@@ -373,6 +384,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
     def _session_expired(self, host: RemoteHost) -> None:
         host.timer = None
         self._refuse_all(host, Reason.NO_SESSION)
+        self.far.end_all(host)
         self.connections.step_all(host, Event(On.SESSION_EXPIRED))
 
     def message(self, peer: IPAddress, message: peer_wire.Message) -> None:
@@ -389,6 +401,10 @@ class Remotes(LentArenas, Generic[SessionsT]):
             case peer_wire.VerbsOffer():
                 if not self.connections.has_taken(host, message.offer):
                     self._begin(self.queue_pairs.take_offer(host, message))
+            case peer_wire.VerbsStep():
+                self.far.take(host, message)
+            case peer_wire.VerbsAlive():
+                self.far.alive(host, message)
             case peer_wire.Waits():
                 self.requests.told_to_wait(host, message)
             case peer_wire.Leaves():
@@ -433,6 +449,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
 
     def reassign(self, host: RemoteHost) -> None:
         """A host claims other addresses than before."""
+        self.far.reassign(host)
         for match in chain(self.requests.reassign(host), self.queue_pairs.reassign(host)):
             self._begin(match)
 

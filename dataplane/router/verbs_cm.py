@@ -10,22 +10,25 @@ in `verbs_pairing.py`, whether they have such a connection or not. There is no I
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from msgspec.structs import replace
 
 from dataplane.errors import WrongMessage
+from dataplane.router.arenas import RELAY
 from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.reasons import Reason
 from dataplane.router.registry import Registry
+from dataplane.router.verbs_connection_table import ConnectionTable
 from dataplane.router.verbs_connections import (
     CmConnection,
     CmStage,
     ConnectionSide,
-    HalfKey,
+    FarEnds,
+    NoFarEnds,
     nobody,
     plain,
 )
@@ -47,7 +50,6 @@ UNANSWERED: Final = 1024
 LATE: Final = 120.0
 """Seconds without a word until a request, or a connection that one end has left, is forgotten. Who
 asks repeats its request for 64 seconds."""
-_LAST: Final = 0xFFFFFFFF
 
 
 @dataclass(slots=True)
@@ -71,22 +73,9 @@ class VerbsConnections:
     ) -> None:
         self._registry = registry
         self._processes = processes
+        self.far: FarEnds = NoFarEnds()
         self.ports = VerbsPorts(secret)
-        # Connections of an earlier router may be resumed: none of its numbers should come again.
-        self._next = secret()
-        self.by_number: dict[tuple[int, int], CmConnection] = {}
-        """By process and the router's number."""
-        self.of_process: dict[int, dict[CmConnection, None]] = {}
-        self._asking: dict[tuple[int, int], CmConnection] = {}
-        """By the process that asks, and its id."""
-        self.asked_by: Counter[int] = Counter()
-        """Connections by the namespace that asked for them."""
-        self._halves: dict[HalfKey, CmConnection] = {}
-        """Those of an earlier router with one side so far, by number and namespaces."""
-        self._since: dict[CmConnection, float] = {}
-        """Those that end after LATE, by the time from which on; the oldest first."""
-        self._returned: dict[CmConnection, float] = {}
-        """The same for `_halves`, after RETURN."""
+        self.table = ConnectionTable(secret())
         self.counts = CmCounts()
 
     # --- ports
@@ -146,13 +135,13 @@ class VerbsConnections:
             side = None if connection is None else connection.side_of(process_id, message.id)
             if connection is None or side is None:
                 self._answer_unknown(process_id, message)
-            elif connection.may_say(side, message.step):
-                self._say(connection, side, message)
+            else:
+                self.say(connection, side, message)
 
     def _find(self, process_id: int, message: VerbsConnection) -> CmConnection | None:
         if message.connection:
-            return self.by_number.get((process_id, message.connection))
-        return self._asking.get((process_id, message.id))
+            return self.table.by_number.get((process_id, message.connection))
+        return self.table.asking.get((process_id, message.id))
 
     def _answer_unknown(self, process_id: int, message: VerbsConnection) -> None:
         """The other end is gone, or was of an earlier router."""
@@ -161,9 +150,12 @@ class VerbsConnections:
         elif message.step in (Step.REPLY, Step.READY):
             self._refuse(process_id, message.id, Reason.NOT_FOUND, message.connection)
 
-    def _say(self, connection: CmConnection, side: int, message: VerbsConnection) -> None:
+    def say(self, connection: CmConnection, side: int, message: VerbsConnection) -> None:
+        """One end says something to the other one."""
         own = connection.sides[side]
         again = message.step in own.said
+        if not connection.may_say(side, message.step):
+            return
         if again and not self._has_room(connection, 1 - side):
             return
         own.said.add(message.step)
@@ -171,28 +163,34 @@ class VerbsConnections:
             own.id = own.id or message.id
             self.counts.replied += not again
         if len(connection.sides) == 2:
-            self._tell(connection, 1 - side, message)
-        if message.step in (Step.REPLY, Step.READY):
-            stage = CmStage.REPLIED if message.step is Step.REPLY else CmStage.READY
-            connection.stage = max(connection.stage, stage)
-            self._answered(connection)
+            self.tell(connection, 1 - side, message)
+        if message.step is Step.REPLY:
+            self.table.answered(connection, CmStage.REPLIED)
+        elif message.step is Step.READY:
+            self.table.answered(connection, CmStage.READY)
         elif message.step is Step.DISCONNECT:
-            self._since.setdefault(connection, self._registry.clock())
+            self.table.since.setdefault(connection, self._registry.clock())
         else:
             self.counts.rejected += message.step is Step.REJECT
-            self._forget(connection)
+            self.table.forget(connection)
 
     def _has_room(self, connection: CmConnection, side: int) -> bool:
         """Whether one end, if it is there, can be told what it has been told before."""
         if side >= len(connection.sides):
             return False
-        return self._registry.outbox.has_room(connection.sides[side].process)
+        end = connection.sides[side]
+        if end.host is not None:
+            return self.far.has_room(end.host)
+        return self._registry.outbox.has_room(end.process)
 
-    def _tell(
+    def tell(
         self, connection: CmConnection, side: int, message: VerbsConnection, number: int = 0
     ) -> None:
         """Tell one end of a connection what the other one says, or would say."""
         end = connection.sides[side]
+        if end.host is not None:
+            self.far.tell(connection, side, message)
+            return
         index = self._processes[end.process].device.index_of(end.gid)
         told = replace(
             message,
@@ -207,12 +205,9 @@ class VerbsConnections:
 
     def _ask(self, opened: VerbsProcess, message: VerbsConnection) -> None:
         """Pass a request on to who listens; one that was not answered may be repeated."""
-        known = self._asking.get((opened.id, message.id))
+        known = self.table.asking.get((opened.id, message.id))
         if known is not None:
-            if known.stage is CmStage.ASKED and self._has_room(known, 1):
-                del self._since[known]
-                self._since[known] = self._registry.clock()
-                self._tell(known, 1, known.request, known.listener)
+            self.repeat(known)
             return
         asked = self._admit(opened, message)
         if isinstance(asked, Reason):
@@ -223,10 +218,16 @@ class VerbsConnections:
         else:
             self._request(opened, message, *asked)
 
+    def repeat(self, known: CmConnection) -> None:
+        """Pass a request on again."""
+        if known.stage is CmStage.ASKED and self._has_room(known, 1):
+            self.table.repeated(known, self._registry.clock())
+            self.tell(known, 1, known.request, known.listener)
+
     def _admit(
         self, opened: VerbsProcess, message: VerbsConnection
-    ) -> tuple[KnownNetwork, BoundId, IPAddress] | Reason | None:
-        """Who gets a request, and by which address; None: nobody listens."""
+    ) -> tuple[KnownNetwork, ConnectionSide, BoundId | None] | Reason | None:
+        """Who gets a request, and the listener on this host; None: nobody listens."""
         gid, peer_gid = opened.device.gid(message.gid_index), message.peer_gid
         if not message.id or message.connection:
             raise WrongMessage("a request with a connection's number, or without an id")
@@ -234,30 +235,60 @@ class VerbsConnections:
             return Reason.FOREIGN
         network = self._registry.knowledge.network_of(opened.namespace, gid)
         assert network is not None
-        local = _targets(network, peer_gid)
-        if isinstance(local, Reason):
-            return local
+        targets = network.everywhere.get(peer_gid, (peer_gid,))
+        if not any(target in network or target in network.owners for target in targets):
+            return Reason.FOREIGN
         if self._asks_too_much(opened):
             return Reason.LIMIT
+        found = self.listener(network, targets, message, opened.namespace)
+        if isinstance(found, Reason):
+            return found
+        if found is not None:
+            listener, target = found
+            return (
+                network,
+                ConnectionSide(listener.process, listener.namespace, target, 0),
+                listener,
+            )
+        elsewhere = [target for target in targets if target not in network.owners]
+        if not elsewhere:
+            return None
+        target = elsewhere[message.id % len(elsewhere)]
+        host = self.far.host_of(network, target)
+        if isinstance(host, Reason):
+            return host
+        return network, ConnectionSide(RELAY, RELAY, target, 0, host), None
+
+    def _asks_too_much(self, opened: VerbsProcess) -> bool:
+        return self.table.asked_by[opened.namespace] >= 2 * self._registry.limits.queue_pairs
+
+    def listener(
+        self,
+        network: KnownNetwork,
+        targets: Iterable[IPAddress],
+        message: VerbsConnection,
+        container: int | IPAddress,
+    ) -> tuple[BoundId, IPAddress] | Reason | None:
+        """Who gets a request, by which of some addresses; None: nobody on this host listens.
+
+        `container`: what asks. LIMIT: it has to ask later.
+        """
         found = [
             (listener, target)
-            for target in local
-            if (listener := self._listener(network.owners[target], message, target)) is not None
+            for target in targets
+            if target in network.owners
+            and (listener := self._listener(network.owners[target], message, target)) is not None
         ]
         if not found:
             return None
-        listener, target = found[self._next % len(found)]
-        waiting = listener.waiting
+        waiting = found[message.id % len(found)][0].waiting
         if (
             waiting.total() >= UNANSWERED
-            or waiting[opened.namespace] >= UNANSWERED // 2
-            or not self._registry.outbox.has_room(listener.process)
+            or waiting[container] >= UNANSWERED // 2
+            or not self._registry.outbox.has_room(found[message.id % len(found)][0].process)
         ):
             return Reason.LIMIT
-        return network, listener, target
-
-    def _asks_too_much(self, opened: VerbsProcess) -> bool:
-        return self.asked_by[opened.namespace] >= 2 * self._registry.limits.queue_pairs
+        return found[message.id % len(found)]
 
     def _listener(self, namespace: int, message: VerbsConnection, gid: IPAddress) -> BoundId | None:
         listener = self.ports.listener(namespace, message.space, message.port, gid)
@@ -270,35 +301,33 @@ class VerbsConnections:
         opened: VerbsProcess,
         message: VerbsConnection,
         network: KnownNetwork,
-        listener: BoundId,
-        target: IPAddress,
+        asked: ConnectionSide,
+        listener: BoundId | None,
     ) -> None:
         gid = opened.device.gid(message.gid_index)
         assert gid is not None
-        connection = CmConnection(
-            self._number(opened.id, listener.process),
-            network.id,
-            [
-                ConnectionSide(opened.id, opened.namespace, gid, message.id),
-                ConnectionSide(listener.process, listener.namespace, target, 0),
-            ],
-            message,
-            listener.id,
-            waiting=listener.waiting,
-        )
-        listener.waiting[opened.namespace] += 1
-        self._asking[opened.id, message.id] = connection
-        self._add(connection)
-        self._since[connection] = self._registry.clock()
-        self.counts.asked += 1
-        self._tell(connection, 1, message, listener.id)
+        asker = ConnectionSide(opened.id, opened.namespace, gid, message.id)
+        self.begin(network.id, asker, asked, message, listener)
 
-    def _number(self, *processes: int) -> int:
-        """A number that none of these processes' connections has."""
-        while True:
-            self._next = self._next % _LAST + 1
-            if not any((process, self._next) in self.by_number for process in processes):
-                return self._next
+    def begin(
+        self,
+        network: str,
+        asker: ConnectionSide,
+        asked: ConnectionSide,
+        message: VerbsConnection,
+        listener: BoundId | None,
+        far_number: int | None = None,
+    ) -> None:
+        """Pass a new request on. `far_number`: of the other host, if that asks."""
+        number = self.table.number(asker.process, asked.process)
+        far_number = number if far_number is None else far_number
+        connection = CmConnection(number, network, [asker, asked], message, far_number=far_number)
+        if listener is not None:
+            connection.listener, connection.waiting = listener.id, listener.waiting
+            listener.waiting[asker.container] += 1
+        self.table.add(connection, self._registry.clock())
+        self.counts.asked += 1
+        self.tell(connection, 1, message, connection.listener)
 
     # --- connections of an earlier router
 
@@ -312,10 +341,12 @@ class VerbsConnections:
             return
         own = ConnectionSide(opened.id, opened.namespace, gid, message.id)
         key = message.connection, frozenset((opened.namespace, peer))
-        half = self._halves.get(key)
-        taken = self.by_number.get((opened.id, message.connection), half)
+        half = self.table.halves.get(key)
+        taken = self.table.by_number.get((opened.id, message.connection), half)
         if half is not None and taken is half and half.is_other_half(own, network):
-            self._join(half, own)
+            self.table.join(half, own)
+            if half.left:
+                self.tell(half, 1, plain(Step.DISCONNECT))
         elif taken is not None or not message.connection:
             self._refuse(opened.id, message.id, Reason.NOT_FOUND, message.connection)
         elif self._asks_too_much(opened):
@@ -324,110 +355,69 @@ class VerbsConnections:
             half = CmConnection(
                 message.connection, network.id, [own], message, stage=CmStage.READY, half=key
             )
-            self._halves[key] = half
-            self._returned[half] = self._registry.clock()
-            self._add(half)
-
-    def _join(self, half: CmConnection, own: ConnectionSide) -> None:
-        assert half.half is not None
-        del self._halves[half.half], self._returned[half]
-        half.half = None
-        half.sides.append(own)
-        self._add_side(half, own)
-        if half.left:
-            self._tell(half, 1, plain(Step.DISCONNECT))
+            self.table.add(half, self._registry.clock())
 
     # --- the end
 
     def replace_snapshot(self) -> None:
         """End what the new snapshot doesn't allow."""
-        knowledge = self._registry.knowledge
-        for connection in {each: None for of in self.of_process.values() for each in of}:
-            for side in connection.sides:
-                network = knowledge.network_of(side.namespace, side.gid)
-                reason = Reason.FOREIGN
-                if network is not None and network.id == connection.network:
-                    reason = Reason.NONE if network.verbs else Reason.OFF
-                if reason is not Reason.NONE:
-                    self._forbid(connection, reason)
-                    break
+        for connection in self.table:
+            self.review(connection)
+
+    def review(self, connection: CmConnection) -> None:
+        """End a connection if it isn't allowed any more."""
+        for side in connection.sides:
+            reason = self._why_not(connection, side)
+            if reason is not None:
+                self.table.forget(connection)
+                self._forbid(connection, reason)
+                return
+
+    def _why_not(self, connection: CmConnection, side: ConnectionSide) -> Reason | None:
+        if side.host is not None:
+            has = self.far.has(side.host, connection.network, side.gid)
+            return None if has else Reason.FOREIGN
+        network = self._registry.knowledge.network_of(side.namespace, side.gid)
+        if network is None or network.id != connection.network:
+            return Reason.FOREIGN
+        return None if network.verbs else Reason.OFF
 
     def _forbid(self, connection: CmConnection, reason: Reason) -> None:
-        self._forget(connection)
-        for side in connection.sides:
-            self._refuse(side.process, side.id, reason, connection.number)
+        for side, end in enumerate(connection.sides):
+            if end.host is None:
+                self._refuse(end.process, end.id, reason, connection.number)
+            else:
+                self.say_last_word(connection, side)
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection to the router: the other ends are told."""
         self.ports.gone(process_id)
-        for connection in list(self.of_process.get(process_id, ())):
+        for connection in list(self.table.of_process.get(process_id, ())):
             for side, end in enumerate(connection.sides):
                 if end.process != process_id:
-                    self._say_last_word(connection, side)
-            self._forget(connection)
+                    self.say_last_word(connection, side)
+            self.table.forget(connection)
 
     def sweep(self) -> None:
         """End what has come to nothing."""
         now = self._registry.clock()
-        while self._since and next(iter(self._since.values())) <= now - LATE:
-            connection = next(iter(self._since))
+        since, returned = self.table.since, self.table.returned
+        while since and next(iter(since.values())) <= now - LATE:
+            connection = next(iter(since))
             if connection.stage is CmStage.ASKED:
-                self._say_last_word(connection, 1)
-            self._forget(connection)
-        while self._returned and next(iter(self._returned.values())) <= now - RETURN:
-            connection = next(iter(self._returned))
-            self._say_last_word(connection, 0)
-            self._forget(connection)
+                self.say_last_word(connection, 1)
+            self.table.forget(connection)
+        while returned and next(iter(returned.values())) <= now - RETURN:
+            connection = next(iter(returned))
+            self.say_last_word(connection, 0)
+            self.table.forget(connection)
 
-    def _say_last_word(self, connection: CmConnection, side: int) -> None:
+    def say_last_word(self, connection: CmConnection, side: int) -> None:
         """Tell one end what it is to know of the other one, which is gone."""
         step, reject = connection.last_word(side)
-        self._tell(connection, side, plain(step, reject))
-
-    def _add(self, connection: CmConnection) -> None:
-        self.asked_by[connection.sides[0].namespace] += 1
-        for side in connection.sides:
-            self._add_side(connection, side)
-
-    def _add_side(self, connection: CmConnection, side: ConnectionSide) -> None:
-        self.by_number[side.process, connection.number] = connection
-        self.of_process.setdefault(side.process, {})[connection] = None
-
-    def _answered(self, connection: CmConnection) -> None:
-        """It is no request any more that its listener hasn't answered."""
-        if connection.waiting is not None:
-            connection.waiting[connection.sides[0].namespace] -= 1
-            connection.waiting = None
-            del self._since[connection]
-
-    def _forget(self, connection: CmConnection) -> None:
-        self._answered(connection)
-        first = connection.sides[0]
-        self.asked_by[first.namespace] -= 1
-        if not self.asked_by[first.namespace]:
-            del self.asked_by[first.namespace]
-        if self._asking.get((first.process, first.id)) is connection:
-            del self._asking[first.process, first.id]
-        for side in connection.sides:
-            self.by_number.pop((side.process, connection.number), None)
-            of_process = self.of_process.get(side.process, {})
-            of_process.pop(connection, None)
-            if not of_process:
-                self.of_process.pop(side.process, None)
-        if connection.half is not None:
-            del self._halves[connection.half], self._returned[connection]
-        self._since.pop(connection, None)
+        self.tell(connection, side, plain(step, reject))
 
     def _refuse(self, process_id: int, number: int, reason: Reason, connection: int = 0) -> None:
         self.counts.refused[reason] += 1
         refuse = VerbsRefuse(VerbsKind.CONNECTION, connection, number, reason)
         self._registry.outbox.send(process_id, refuse)
-
-
-def _targets(network: KnownNetwork, address: IPAddress) -> list[IPAddress] | Reason:
-    """The containers of this host that an address leads to: tasks, if it is a service's."""
-    if address in network.everywhere:
-        return list(network.tasks.get(address, ())) or Reason.REMOTE
-    if address in network.owners:
-        return [address]
-    return Reason.REMOTE if address in network else Reason.FOREIGN

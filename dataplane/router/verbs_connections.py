@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final
+from typing import Final, Protocol
 
 from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.reasons import Reason
 from dataplane.router.verbs_wire import PRIVATE, Step, VerbsConnection
 
 
@@ -44,8 +45,15 @@ class ConnectionSide:
     namespace: int
     gid: IPAddress
     id: int
-    """Its number in its process; 0: it has not said so far."""
+    """Its number in its process; 0: it has not said so far, or is on another host."""
+    host: IPAddress | None = None
+    """The other host that has it. `process` is 0, and `namespace` RELAY."""
     said: set[Step] = field(default_factory=set)
+
+    @property
+    def container(self) -> int | IPAddress:
+        """What its requests count for: its container, or another host."""
+        return self.namespace if self.host is None else self.host
 
 
 @dataclass(slots=True, eq=False)
@@ -60,10 +68,17 @@ class CmConnection:
     listener: int = 0
     """The id that a request is for."""
     stage: CmStage = CmStage.ASKED
-    waiting: Counter[int] | None = None
+    waiting: Counter[int | IPAddress] | None = None
     """The listener's requests, as long as this is one."""
     half: HalfKey | None = None
     """As long as an earlier router's has one side."""
+    far_number: int = 0
+    """The number of the host that asked, if the two ends are on two hosts."""
+
+    @property
+    def far_side(self) -> int | None:
+        """The side that is on another host."""
+        return next((side for side, end in enumerate(self.sides) if end.host is not None), None)
 
     @property
     def for_datagrams(self) -> bool:
@@ -72,7 +87,11 @@ class CmConnection:
 
     def side_of(self, process: int, number: int) -> int | None:
         """The side of a process; its id decides where both are of one process."""
-        own = [side for side, end in enumerate(self.sides) if end.process == process]
+        own = [
+            side
+            for side, end in enumerate(self.sides)
+            if end.process == process and end.host is None
+        ]
         if len(own) == 2:
             return 0 if number == self.sides[0].id else 1
         return own[0] if own else None
@@ -157,3 +176,35 @@ def nobody(request: VerbsConnection) -> VerbsConnection:
     if request.step is Step.RESOLVE:
         return plain(Step.RESOLVED, UNSUPPORTED, request)
     return plain(Step.REJECT, Reject.NO_SERVICE, request)
+
+
+class FarEnds(Protocol):
+    """Ends on other hosts. Hosts are named by their addresses."""
+
+    def host_of(self, network: KnownNetwork, gid: IPAddress) -> IPAddress | Reason:
+        """The host that has a GID, or why none can be asked. REMOTE: never; LIMIT: for now."""
+
+    def has(self, host: IPAddress, network: str, gid: IPAddress) -> bool:
+        """Whether a host still has a GID."""
+
+    def has_room(self, host: IPAddress) -> bool:
+        """Whether a host can be told what it has been told before."""
+
+    def tell(self, connection: CmConnection, side: int, message: VerbsConnection) -> None:
+        """Tell the end of a side, which is on another host, what the other one says."""
+
+
+class NoFarEnds:
+    """There are no other hosts."""
+
+    def host_of(self, network: KnownNetwork, gid: IPAddress) -> IPAddress | Reason:
+        return Reason.REMOTE
+
+    def has(self, host: IPAddress, network: str, gid: IPAddress) -> bool:
+        return False
+
+    def has_room(self, host: IPAddress) -> bool:
+        return False
+
+    def tell(self, connection: CmConnection, side: int, message: VerbsConnection) -> None:
+        pass

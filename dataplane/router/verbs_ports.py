@@ -38,8 +38,8 @@ class BoundId:
     namespace: int
     message: VerbsListen
     port: int
-    waiting: Counter[int] = field(default_factory=Counter)
-    """Requests that it has not answered, by the namespace that asks."""
+    waiting: Counter[int | IPAddress] = field(default_factory=Counter)
+    """Requests that it has not answered, by the namespace or the other host that asks."""
 
     @property
     def id(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from msgspec.structs import replace
 
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.pairing import Pairing
 from dataplane.router.verbs_connections import plain
 from dataplane.router.verbs_wire import (
     Step,
@@ -17,6 +18,7 @@ from dataplane.router.verbs_wire import (
     VerbsListen,
     VerbsRefuse,
 )
+from tests.unit.router_world import FakePost
 from tests.unit.verbs_world import VerbsWorld
 
 TCP: Final = 0x0106
@@ -25,11 +27,18 @@ UDP: Final = 0x0111
 Heard = VerbsListen | VerbsConnection | VerbsRefuse
 
 
+class CmHost(Protocol):
+    """A registry, and what it has sent to processes."""
+
+    pairing: Pairing
+    post: FakePost
+
+
 @dataclass(eq=False)
 class CmModel:
     """A process that uses rdma_cm."""
 
-    world: VerbsWorld
+    world: CmHost
     process: int
     heard: list[Heard] = field(default_factory=list)
     read_so_far: int = 0
@@ -114,7 +123,7 @@ class CmModel:
 
     def kill(self) -> None:
         """It ends."""
-        self.world.kill(self.world.models[self.process])
+        self.world.pairing.gone(self.process)
 
 
 def connect(

@@ -29,6 +29,18 @@ EXAMPLES: Final[list[pw.Message]] = [
     pw.Owns({"n1": ("10.0.4.1", "fd00::1"), "n2": ()}),
     pw.Offer(1 << 62, "n1", "10.0.4.1:80", "[fd00::2]:40000"),
     pw.VerbsOffer(8, "n1", "10.0.4.1", 4096, "fd00::2", 1 << 23, 2),
+    pw.VerbsStep(
+        number=7,
+        asks=True,
+        step=1,
+        network="n1",
+        gid="10.0.4.1",
+        peer_gid="fd00::2",
+        port=7471,
+        retry=255,
+        private=bytes(256),
+    ),
+    pw.VerbsAlive((1, 2), (3,), True),
     pw.Leaves(1013, (1, 2)),
     pw.Waits(1012, (1, 2, 1 << 40)),
     pw.Withdraw(0),
@@ -94,6 +106,40 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
         pw.VerbsOffer(8, "net", "10.0.1.2", 4096, "fd00::2", 5, 2),
         b"\x88\xa4type\xaaVerbsOffer\xa5offer\x08\xa7network\xa3net\xa3gid\xa810.0.1.2"
         b"\xa3qpn\xcd\x10\x00\xa8peer_gid\xa7fd00::2\xa8peer_qpn\x05\xa7service\x02",
+    ),
+    (
+        pw.VerbsStep(
+            number=7,
+            asks=True,
+            step=1,
+            network="net",
+            gid="10.0.1.2",
+            peer_gid="fd00::2",
+            space=0x106,
+            port=80,
+            from_port=5,
+            qpn=1,
+            service=2,
+            psn=3,
+            qkey=4,
+            reject=28,
+            responder_resources=6,
+            initiator_depth=7,
+            flow_control=8,
+            retry=9,
+            rnr_retry=10,
+            srq=11,
+            private=b"xy",
+        ),
+        b"\xde\x00\x16\xa4type\xa9VerbsStep\xa6number\x07\xa4asks\xc3\xa4step\x01\xa7network\xa3net"
+        b"\xa3gid\xa810.0.1.2\xa8peer_gid\xa7fd00::2\xa5space\xcd\x01\x06\xa4port\x50"
+        b"\xa9from_port\x05\xa3qpn\x01\xa7service\x02\xa3psn\x03\xa4qkey\x04\xa6reject\x1c"
+        b"\xb3responder_resources\x06\xafinitiator_depth\x07\xacflow_control\x08"
+        b"\xa5retry\x09\xa9rnr_retry\x0a\xa3srq\x0b\xa7private\xc4\x02xy",
+    ),
+    (
+        pw.VerbsAlive((1,), (), True),
+        b"\x84\xa4type\xaaVerbsAlive\xa6asking\x91\x01\xa5asked\x90\xa4last\xc3",
     ),
     (
         pw.Leaves(1013, (7,)),

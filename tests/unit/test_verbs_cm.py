@@ -48,10 +48,10 @@ Ends = tuple[CmModel, CmModel]
 def books(world: VerbsWorld) -> int:
     """How many connections there are; all tables say the same."""
     cm = world.pairing.verbs_connections
-    found = {each for of in cm.of_process.values() for each in of}
-    assert set(cm.by_number.values()) == found
-    assert cm.asked_by.total() == len(found)
-    assert set(cm._since) | set(cm._returned) | set(cm._halves.values()) <= found
+    found = {each for of in cm.table.of_process.values() for each in of}
+    assert set(cm.table.by_number.values()) == found
+    assert cm.table.asked_by.total() == len(found)
+    assert set(cm.table.since) | set(cm.table.returned) | set(cm.table.halves.values()) <= found
     waiting = sum(bound.waiting.total() for bound in cm.ports)
     assert waiting <= sum(each.waiting is not None for each in found)
     return len(found)
@@ -144,6 +144,9 @@ def test_a_service(world: VerbsWorld, ends: Ends) -> None:
     other.say(Step.REPLY, 101, other.hear().connection)
     assert one.hear().peer_gid == B
     one.ask(2, gid(VIP), PORT + 1)
+    assert one.read() == [VerbsRefuse(VerbsKind.CONNECTION, 0, 2, Reason.REMOTE)]
+    world.pairing.replace_snapshot(Knowledge(facts))
+    one.ask(3, gid(VIP), PORT + 1)
     assert one.hear().reject == Reject.NO_SERVICE
 
 

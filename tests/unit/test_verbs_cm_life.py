@@ -53,7 +53,7 @@ class CmLife(RuleBasedStateMachine):
 
     def ends(self, model: CmModel) -> set[int]:
         """A process, and those with which it has connections."""
-        of_process = self.world.pairing.verbs_connections.of_process.get(model.process, {})
+        of_process = self.world.pairing.verbs_connections.table.of_process.get(model.process, {})
         return {model.process} | {end.process for each in of_process for end in each.sides}
 
     @rule(namespace=CONTAINERS)
@@ -150,7 +150,9 @@ class CmLife(RuleBasedStateMachine):
                 if isinstance(heard, VerbsConnection) and heard.step is Step.REPLY:
                     assert heard.connection == number
                     other.say(Step.READY, heard.id, number)
-        connection = self.world.pairing.verbs_connections.by_number.get((model.process, number))
+        connection = self.world.pairing.verbs_connections.table.by_number.get(
+            (model.process, number)
+        )
         assert connection is None or connection.stage > CmStage.ASKED
 
     @precondition(lambda self: self.processes)
@@ -165,7 +167,7 @@ class CmLife(RuleBasedStateMachine):
         facts = self.world.facts
         self.world.pairing.replace_snapshot(moved(self.world, e2=()) if gone else Knowledge(facts))
         cm = self.world.pairing.verbs_connections
-        sides = {side.gid for each in set(cm.by_number.values()) for side in each.sides}
+        sides = {side.gid for each in set(cm.table.by_number.values()) for side in each.sides}
         assert not gone or gid("10.0.4.2") not in sides
 
     @rule(long=st.booleans())
@@ -173,34 +175,41 @@ class CmLife(RuleBasedStateMachine):
         self.world.now += LATE + 1 if long else RETURN + 1
         self.world.pairing.sweep(100)
         cm = self.world.pairing.verbs_connections
-        assert not cm._returned
+        assert not cm.table.returned
         if long:
-            assert not cm._since
+            assert not cm.table.since
 
     @invariant()
     def books_agree(self) -> None:
         cm = self.world.pairing.verbs_connections
-        found = {each for of in cm.of_process.values() for each in of}
-        assert set(cm.by_number.values()) == found
-        assert cm.asked_by.total() == len(found)
-        assert set(cm._asking.values()) <= found
+        found = {each for of in cm.table.of_process.values() for each in of}
+        assert set(cm.table.by_number.values()) == found
+        assert cm.table.asked_by.total() == len(found)
+        assert set(cm.table.asking.values()) <= found
         for each in found:
-            assert each.stage > CmStage.ASKED or each in cm._since
+            assert each.stage > CmStage.ASKED or each in cm.table.since
             assert (each.half is None) == (len(each.sides) == 2)
-            assert (each in cm._returned) == (each.half is not None)
+            assert (each in cm.table.returned) == (each.half is not None)
             for side in each.sides:
-                assert cm.by_number[side.process, each.number] is each
+                assert cm.table.by_number[side.process, each.number] is each
         waiting = sum(bound.waiting.total() for bound in cm.ports)
         assert waiting <= sum(each.waiting is not None for each in found)
-        assert all(count <= 6 for count in cm.asked_by.values())
+        assert all(count <= 6 for count in cm.table.asked_by.values())
 
     def teardown(self) -> None:
         for process in list(self.world.pairing.processes):
             self.world.pairing.gone(process)
         cm = self.world.pairing.verbs_connections
-        tables = (cm.by_number, cm.of_process, cm._asking, cm._halves, cm._since, cm._returned)
+        tables = (
+            cm.table.by_number,
+            cm.table.of_process,
+            cm.table.asking,
+            cm.table.halves,
+            cm.table.since,
+            cm.table.returned,
+        )
         assert not any(tables)
-        assert not cm.asked_by
+        assert not cm.table.asked_by
         assert not list(cm.ports)
 
 
