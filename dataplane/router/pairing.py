@@ -36,7 +36,7 @@ from dataplane.router.library_wire import (
     Welcome,
 )
 from dataplane.router.pair_requests import PairRequest
-from dataplane.router.queue_pairs import QueuePairRecord
+from dataplane.router.queue_pairs import FarDatagrams, QueuePairRecord
 from dataplane.router.reasons import STATUS_ONLY, Reason, told
 from dataplane.router.registry import ProcessRecord, Registry
 from dataplane.router.remote_pairing import RemotePairing
@@ -341,6 +341,8 @@ class Pairing:
                 self.verbs.release(process_id, queue_pair)
             case DatagramEnd() as end:
                 self.datagrams.release(process_id, end)
+            case FarDatagrams() as end:
+                self.datagrams.far.release(process_id, end)
             case _:
                 self.release_end(arena, message.slot, side)
 

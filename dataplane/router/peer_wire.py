@@ -158,6 +158,33 @@ class VerbsAlive(msgspec.Struct, frozen=True, tag=True):
     last: bool
 
 
+class VerbsDatagramAsk(msgspec.Struct, frozen=True, tag=True):
+    """A process of the sender sends datagrams to a queue pair of the receiver.
+
+    `qpn` is the first number of the sender's process. A `VerbsOffer` for both processes' first
+    numbers follows from the follower. Only for peers whose Hello has `verbs`.
+    """
+
+    network: NetworkId
+    gid: AddressText
+    qpn: U32
+    peer_gid: AddressText
+    peer_qpn: U32
+
+
+class VerbsDatagramNone(msgspec.Struct, frozen=True, tag=True):
+    """The sender refuses what the receiver asked by VerbsDatagramAsk, whose fields it repeats;
+    `reason` is a `Reason`.
+    """
+
+    network: NetworkId
+    gid: AddressText
+    qpn: U32
+    peer_gid: AddressText
+    peer_qpn: U32
+    reason: U32
+
+
 class Waits(msgspec.Struct, frozen=True, tag=True):
     """Leader to follower: why offers wait, though the leader has a request for them.
 
@@ -279,13 +306,14 @@ class PeerPong(msgspec.Struct, frozen=True, tag="Pong"):
     """The answer to PeerPing."""
 
 
+VerbsPeerMessage = VerbsStep | VerbsAlive | VerbsDatagramAsk | VerbsDatagramNone
+"""Of verbs, besides `VerbsOffer`."""
 Message = (
     PeerHello
     | Owns
     | Offer
     | VerbsOffer
-    | VerbsStep
-    | VerbsAlive
+    | VerbsPeerMessage
     | Waits
     | Leaves
     | Withdraw

@@ -1,4 +1,4 @@
-"""What the router knows of a queue pair of verbs."""
+"""What the router knows of a queue pair of verbs, and of what is paired as queue pairs are."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from dataplane.router.arenas import Arena, EndKey
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.loop import Timer
 from dataplane.router.reasons import Reason
-from dataplane.router.verbs_wire import VerbsQueuePair, VerbsStatus
+from dataplane.router.verbs_wire import VerbsDatagrams, VerbsQueuePair, VerbsStatus
 
 
 @dataclass(slots=True, eq=False)
@@ -65,3 +66,38 @@ class QueuePairRecord:
             and mine.type == theirs.type
             and mine.paired == theirs.paired
         )
+
+
+FarName = tuple[str, IPAddress, int, IPAddress, int]
+"""A network, GID and first number of the own process, and those of the peer's."""
+
+
+@dataclass(slots=True, eq=False)
+class FarDatagrams:
+    """A process's end of a slot for datagrams to and from a process of another host."""
+
+    process: int
+    namespace: int
+    network: str
+    gid: IPAddress
+    peer_gid: IPAddress
+    message: VerbsQueuePair
+    """With the first number of both processes."""
+    slot_number: int
+    host: IPAddress
+    asked: VerbsDatagrams | None
+    """What its process has asked; None: the other process has."""
+    place: tuple[Arena, int, int] | None = None
+    """Arena, slot and side."""
+    timer: Timer | None = None
+    """Runs while it has no place."""
+
+    @property
+    def key(self) -> EndKey:
+        """See `SlotEnd`."""
+        return "ud", 2 * self.slot_number
+
+    @property
+    def name(self) -> FarName:
+        """What it is for."""
+        return self.network, self.gid, self.message.qpn, self.peer_gid, self.message.peer_qpn

@@ -7,7 +7,7 @@ This module passes what sessions, links, the relay and this host's registry repo
     remote_events.py       phases, events and actions of a connection
     remote_end.py          what an event means in a phase
     remote_connections.py  the connections: executes the actions
-    verbs_far.py           connections of rdma_cm
+    verbs_interhost.py     connections of rdma_cm, and datagrams
     links.py               the links between the relays, and their transports
 
 A peer's router can affect only connections with its own host. Each router checks its own end with
@@ -32,7 +32,7 @@ from dataplane.router.links import KINDS, Links
 from dataplane.router.loop import Loop
 from dataplane.router.pair_requests import PairRequest
 from dataplane.router.pairing import Pairing
-from dataplane.router.queue_pairs import QueuePairRecord
+from dataplane.router.queue_pairs import FarDatagrams, QueuePairRecord
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_wire import RelayKind
 from dataplane.router.remote_connections import RemoteConnections, Trace, log_invalid, note_left
@@ -42,7 +42,7 @@ from dataplane.router.remote_matches import Match
 from dataplane.router.remote_requests import EntryRule, RemoteRequest, RemoteRequests, waits
 from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import SessionUser
-from dataplane.router.verbs_far import FarConnections
+from dataplane.router.verbs_interhost import VerbsInterHost
 from dataplane.router.verbs_remote import RemoteQueuePairs
 from dataplane.router.verbs_stranded import StrandedQueuePairs
 
@@ -100,13 +100,8 @@ class Remotes(LentArenas, Generic[SessionsT]):
             memory,
             trace,
         )
-        self.far = FarConnections(
-            pairing.verbs_connections,
-            self.sessions,
-            self.hosts,
-            lambda: pairing.knowledge,
-            self.why_not,
-        )
+        self.verbs = VerbsInterHost(pairing, loop, self.sessions, self.hosts, self.why_not)
+        self.queue_pairs.datagrams = self.verbs.datagrams
         self._stranded = StrandedQueuePairs(loop, self.hosts, self.links, self.connections)
         self.why = dict.fromkeys(Transport, "the router has just started")
         """Why the relay can't use a transport; "" if it can."""
@@ -175,7 +170,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
         self.links.forget(host.address)
         self.requests.forget(host)
         self.queue_pairs.forget(host)
-        self.far.end_all(host)
+        self.verbs.connections.end_all(host)
         self.connections.forget(host)
         self.hosts.remove(host)
 
@@ -230,11 +225,11 @@ class Remotes(LentArenas, Generic[SessionsT]):
         if connection:
             self.connections.step_number(connection, Event(On.REQUEST_GONE))
 
-    def connect(self, queue_pair: QueuePairRecord) -> None:
+    def connect(self, queue_pair: QueuePairRecord | FarDatagrams) -> None:
         """Take a queue pair whose peer is on another host."""
         self._begin(self.queue_pairs.add(queue_pair))
 
-    def withdraw(self, queue_pair: QueuePairRecord) -> None:
+    def withdraw(self, queue_pair: QueuePairRecord | FarDatagrams) -> None:
         """A queue pair doesn't wait any more."""
         connection = self.queue_pairs.cancel(queue_pair)
         if connection:
@@ -361,7 +356,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
             self.connections.forget_broken(host)
         host.hello, host.instance, host.node = hello, hello.instance, hello.node
         self.hosts.tell_owned(host)
-        self.far.session_up(host)
+        self.verbs.connections.session_up(host)
         self.connections.step_all(host, Event(On.SESSION_UP))
         self.requests.session_up(host)
         self.queue_pairs.session_up(host)
@@ -384,7 +379,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
     def _session_expired(self, host: RemoteHost) -> None:
         host.timer = None
         self._refuse_all(host, Reason.NO_SESSION)
-        self.far.end_all(host)
+        self.verbs.connections.end_all(host)
         self.connections.step_all(host, Event(On.SESSION_EXPIRED))
 
     def message(self, peer: IPAddress, message: peer_wire.Message) -> None:
@@ -401,10 +396,6 @@ class Remotes(LentArenas, Generic[SessionsT]):
             case peer_wire.VerbsOffer():
                 if not self.connections.has_taken(host, message.offer):
                     self._begin(self.queue_pairs.take_offer(host, message))
-            case peer_wire.VerbsStep():
-                self.far.take(host, message)
-            case peer_wire.VerbsAlive():
-                self.far.alive(host, message)
             case peer_wire.Waits():
                 self.requests.told_to_wait(host, message)
             case peer_wire.Leaves():
@@ -438,6 +429,8 @@ class Remotes(LentArenas, Generic[SessionsT]):
                 self.links.refused(peer, message)
             case peer_wire.PeerFrame():
                 self.links.framed(peer, message)
+            case _ if isinstance(message, peer_wire.VerbsPeerMessage):
+                self.verbs.message(host, message)
 
     def eased(self, peer: IPAddress) -> None:
         """The session has room again."""
@@ -449,7 +442,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
 
     def reassign(self, host: RemoteHost) -> None:
         """A host claims other addresses than before."""
-        self.far.reassign(host)
+        self.verbs.reassign(host)
         for match in chain(self.requests.reassign(host), self.queue_pairs.reassign(host)):
             self._begin(match)
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from dataplane.router.arenas import Arena
 from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.pair_requests import PairRequest
-from dataplane.router.queue_pairs import QueuePairRecord
+from dataplane.router.queue_pairs import FarDatagrams, QueuePairRecord
 from dataplane.router.reasons import Reason
 from dataplane.router.remote_events import Transport
 
@@ -36,14 +36,14 @@ class RemotePairing(Protocol):
     def cancel(self, request: PairRequest) -> None:
         """A request doesn't wait any more: its process has taken it back, or has ended."""
 
-    def connect(self, queue_pair: QueuePairRecord) -> None:
+    def connect(self, queue_pair: QueuePairRecord | FarDatagrams) -> None:
         """Take a queue pair whose peer is on another host.
 
         `VerbsPairing.grant_remote` or `VerbsPairing.forbid` is called for it at any time from now
         on, also at once.
         """
 
-    def withdraw(self, queue_pair: QueuePairRecord) -> None:
+    def withdraw(self, queue_pair: QueuePairRecord | FarDatagrams) -> None:
         """A queue pair without a slot doesn't wait any more."""
 
     def released(self, connection: int) -> None:
@@ -85,10 +85,10 @@ class NoRemotePairing:
     def cancel(self, request: PairRequest) -> None:
         pass
 
-    def connect(self, queue_pair: QueuePairRecord) -> None:
+    def connect(self, queue_pair: QueuePairRecord | FarDatagrams) -> None:
         pass
 
-    def withdraw(self, queue_pair: QueuePairRecord) -> None:
+    def withdraw(self, queue_pair: QueuePairRecord | FarDatagrams) -> None:
         pass
 
     def released(self, connection: int) -> None:

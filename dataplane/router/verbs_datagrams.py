@@ -11,12 +11,14 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from dataplane.errors import KernelRefused, WrongMessage
 from dataplane.router.arena_table import ArenaTable
 from dataplane.router.arenas import Arena, EndKey
+from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.queue_pairs import FarDatagrams
 from dataplane.router.reasons import Reason
 from dataplane.router.registry import Registry
 from dataplane.router.seams import ArenaMemory
@@ -49,6 +51,7 @@ class DatagramEnd:
     process: int
     namespace: int
     gid: IPAddress
+    slot_number: int = 0
     key: EndKey = 0
     """See `SlotEnd`."""
     slot: DatagramSlot | None = None
@@ -71,6 +74,48 @@ class DatagramSlot:
     """
 
 
+class FarSlots(Protocol):
+    """Slots for datagrams to and from other hosts."""
+
+    def ask(
+        self, opened: VerbsProcess, gid: IPAddress, network: KnownNetwork, message: VerbsDatagrams
+    ) -> Reason | None:
+        """Ask for a slot to a queue pair of another host, unless there is one; or why not."""
+
+    def release(self, process_id: int, record: FarDatagrams) -> None:
+        """A process has released its end of a slot."""
+
+    def end_all(self, process_id: int) -> None:
+        """No queue pair of a process takes datagrams any more."""
+
+    def gone(self, process_id: int) -> None:
+        """A process has closed its connection to the router."""
+
+    def replace_snapshot(self) -> None:
+        """End what the new snapshot doesn't allow."""
+
+
+class NoFarSlots:
+    """There are no other hosts."""
+
+    def ask(
+        self, opened: VerbsProcess, gid: IPAddress, network: KnownNetwork, message: VerbsDatagrams
+    ) -> Reason | None:
+        return Reason.REMOTE
+
+    def release(self, process_id: int, record: FarDatagrams) -> None:
+        pass
+
+    def end_all(self, process_id: int) -> None:
+        pass
+
+    def gone(self, process_id: int) -> None:
+        pass
+
+    def replace_snapshot(self) -> None:
+        pass
+
+
 Key = TypeVar("Key")
 SlotName = tuple[str, tuple[int, IPAddress], tuple[int, IPAddress]]
 """A network, and both ends' process and GID; the older process comes first."""
@@ -87,10 +132,10 @@ class Datagrams:
         slots: SlotGrants,
         memory: ArenaMemory,
     ) -> None:
-        self._registry = registry
+        self.registry = registry
         self._processes = processes
-        self._arena_table = arena_table
-        self._slots = slots
+        self.arena_table = arena_table
+        self.grants = slots
         self._memory = memory
         self._numbers = itertools.count(1)
         self.open_at: dict[tuple[int, int], int] = {}
@@ -107,6 +152,7 @@ class Datagrams:
         self.others: Counter[int] = Counter()
         """The same by process."""
         self.refused: Counter[Reason] = Counter()
+        self.far: FarSlots = NoFarSlots()
         self.ended: Callable[[DatagramSlot], None] = lambda _: None
         """Called after a slot has ended."""
 
@@ -158,7 +204,7 @@ class Datagrams:
         self.refused[reason] += 1
         number = message.peer_qpn if message.kind is VerbsKind.DATAGRAM_PEER else message.qpn
         refuse = VerbsRefuse(message.kind, message.request, number, reason)
-        self._registry.outbox.send(process_id, refuse)
+        self.registry.outbox.send(process_id, refuse)
 
     # --- slots
 
@@ -170,24 +216,30 @@ class Datagrams:
         """
         opened = self.opened(process_id)
         found = self._find(opened, message)
+        if found is None:
+            return
         made = found if isinstance(found, Reason) else self.slot(opened, *found, message.request)
         if isinstance(made, Reason):
             self.refuse(process_id, message, made)
 
     def _find(
         self, opened: VerbsProcess, message: VerbsDatagrams
-    ) -> tuple[IPAddress, VerbsProcess, IPAddress] | Reason:
+    ) -> tuple[IPAddress, VerbsProcess, IPAddress] | Reason | None:
+        """The own GID, and the peer's process and GID. None: it is on another host."""
         gid, peer_gid = opened.device.gid(message.gid_index), message.gid
         if gid is None or peer_gid is None:
             return Reason.FOREIGN
-        network = self._registry.knowledge.network_of(opened.namespace, gid)
+        network = self.registry.knowledge.network_of(opened.namespace, gid)
         assert network is not None
         namespace = network.owners.get(peer_gid)
+        if not self.takes(opened.id, message.qpn):
+            return Reason.NOT_FOUND
         if namespace is None:
-            is_remote = peer_gid in network and peer_gid not in network.everywhere
-            return Reason.REMOTE if is_remote else Reason.FOREIGN
+            if peer_gid not in network or peer_gid in network.everywhere:
+                return Reason.FOREIGN
+            return self.far.ask(opened, gid, network, message)
         peer = self.open_at.get((namespace, message.peer_qpn))
-        if peer is None or not self.takes(opened.id, message.qpn):
+        if peer is None:
             return Reason.NOT_FOUND
         return gid, self._processes[peer], peer_gid
 
@@ -206,7 +258,7 @@ class Datagrams:
         `request`: what a new one's grant says to the process that asks. `of_group`: it sends to a
         group, and the other one has joined that.
         """
-        network = self._registry.knowledge.network_of(opened.namespace, gid)
+        network = self.registry.knowledge.network_of(opened.namespace, gid)
         assert network is not None
         if peer is opened:
             return Reason.SHARED
@@ -221,11 +273,11 @@ class Datagrams:
         if self._is_too_much(asker, asked, imposed):
             return Reason.LIMIT
         ends = (asker, asked) if asker.process < asked.process else (asked, asker)
-        number = next(self._numbers)
+        number = self.next_number()
         for side, end in enumerate(ends):
-            end.key = "ud", 2 * number + side
+            end.slot_number, end.key = number, ("ud", 2 * number + side)
         try:
-            arena, place = self._slots.take(*ends)
+            arena, place = self.grants.take(*ends)
         except KernelRefused:
             return Reason.MEMORY
         made = DatagramSlot(number, network.id, ends, tuple(imposed))
@@ -235,14 +287,17 @@ class Datagrams:
             end.slot, end.place = made, (arena, place, side)
             self.of_process.setdefault(end.process, {})[end] = None
         requests = [request if end is asker else 0 for end in ends]
-        first, second = (self._message(made, side, requests[side]) for side in (0, 1))
-        self._slots.hand_out(arena, first, second)
+        first, second = (
+            self.grant_of(end, requests[side], peer.gid, self._first(peer.process))
+            for side, (end, peer) in enumerate((ends, ends[::-1]))
+        )
+        self.grants.hand_out(arena, first, second)
         return made
 
     def _is_too_much(
         self, asker: DatagramEnd, asked: DatagramEnd, imposed: Sequence[tuple[int, int]]
     ) -> bool:
-        registry = self._registry
+        registry = self.registry
         one, other = asker.namespace, asked.namespace
         ends = Counter((one, other))
         return (
@@ -260,24 +315,33 @@ class Datagrams:
             add(self.unasked, (namespace, process), more)
             add(self.others, process, more)
 
-    def _message(self, slot: DatagramSlot, side: int, request: int) -> VerbsGrant:
-        own, peer = slot.ends[side], slot.ends[1 - side]
-        assert own.place is not None
-        arena, place, _ = own.place
+    def next_number(self) -> int:
+        """The number of a new slot."""
+        return next(self._numbers)
+
+    def _first(self, process: int) -> int:
+        return self._processes[process].device.qpn_first or 0
+
+    def grant_of(
+        self, end: DatagramEnd | FarDatagrams, request: int, peer_gid: IPAddress, peer_first: int
+    ) -> VerbsGrant:
+        """The grant for an end that has its place."""
+        assert end.place is not None
+        arena, place, side = end.place
         return VerbsGrant(
             request=request,
             qpn=0,
-            peer_qpn=self._processes[peer.process].device.qpn_first or 0,
+            peer_qpn=peer_first,
             slot_kind=SlotKind.DATAGRAMS,
             side=side,
             slot=place,
-            gid_index=self._processes[own.process].device.index_of(own.gid) or 0,
+            gid_index=self._processes[end.process].device.index_of(end.gid) or 0,
             arena=arena.id,
             incarnation=arena.slots[place].incarnation,
             token=arena.sides[side].token,
-            peer_gid=peer.gid,
+            peer_gid=peer_gid,
             peer_count=RANGE,
-            number=slot.number,
+            number=end.slot_number,
         )
 
     # --- the end
@@ -298,8 +362,8 @@ class Datagrams:
         del of_process[end]
         if not of_process:
             del self.of_process[end.process]
-        self._arena_table.release(arena, place, side)
-        self._arena_table.close_if_done(arena)
+        self.arena_table.release(arena, place, side)
+        self.arena_table.close_if_done(arena)
 
     def _end(self, slot: DatagramSlot, reason: Reason, knows: DatagramEnd | None = None) -> None:
         """A slot is not used any more. Each process releases its end when it has been told."""
@@ -313,24 +377,27 @@ class Datagrams:
             end.slot = None
             if end is not knows:
                 refuse = VerbsRefuse(VerbsKind.GRANT, 0, slot.number, reason)
-                self._registry.outbox.send(end.process, refuse)
+                self.registry.outbox.send(end.process, refuse)
         self.ended(slot)
 
     def _end_all(self, process_id: int) -> None:
         for end in list(self.of_process.get(process_id, ())):
             if end.slot is not None:
                 self._end(end.slot, Reason.PEER_CLOSED)
+        self.far.end_all(process_id)
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection to the router."""
         for end in list(self.of_process.get(process_id, ())):
             self._release(end)
+        self.far.gone(process_id)
         for qpn in self.open_of.pop(process_id, ()):
             del self.open_at[self._processes[process_id].namespace, qpn]
 
     def replace_snapshot(self) -> None:
         """End slots that the new snapshot doesn't allow."""
-        knowledge = self._registry.knowledge
+        self.far.replace_snapshot()
+        knowledge = self.registry.knowledge
         for slot in list(self.slots.values()):
             networks = [knowledge.network_of(end.namespace, end.gid) for end in slot.ends]
             if any(network is None or network.id != slot.network for network in networks):

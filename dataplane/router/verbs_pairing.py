@@ -248,6 +248,10 @@ class VerbsPairing:
 
     # --- queue pairs with a peer on another host, for `verbs_remote.py`
 
+    def has(self, record: QueuePairRecord) -> bool:
+        """Whether its process still has it."""
+        return self.queue_pairs.get(record.number) is record
+
     def reserve(self, record: QueuePairRecord, ring: int, connection: int) -> tuple[Arena, int]:
         """Take a slot whose other side is the relay. Its process is not told yet.
 

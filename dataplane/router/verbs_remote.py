@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from dataplane.errors import WrongMessage
 from dataplane.router import peer_wire
@@ -22,7 +22,7 @@ from dataplane.router.arenas import Arena, SlotEnd
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.links import Links
 from dataplane.router.loop import Loop, Timer
-from dataplane.router.queue_pairs import QueuePairRecord
+from dataplane.router.queue_pairs import FarDatagrams, QueuePairRecord
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_wire import QUEUE_PAIR
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
@@ -33,6 +33,25 @@ AGAIN: Final = 1.0
 """Seconds after which a queue pair whose connection came to nothing waits for a match again."""
 _FINAL: Final = frozenset({Reason.LIMIT, Reason.MEMORY, Reason.REMOTE_OFF})
 """Reasons that a program is told. Whatever else is missing may come."""
+
+
+PairedRecord = QueuePairRecord | FarDatagrams
+
+
+class QueuePairOwner(Protocol):
+    """Who has queue pairs, or what is paired like them."""
+
+    def has(self, record: Any) -> bool:
+        """Whether its process still has it."""
+
+    def reserve(self, record: Any, ring: int, connection: int) -> tuple[Arena, int]:
+        """Take a slot. Raises KernelRefused: there is no memory for it."""
+
+    def grant_remote(self, record: Any, arena: Arena, slot: int) -> None:
+        """It has a slot."""
+
+    def forbid(self, record: Any, reason: Reason) -> None:
+        """It gets no slot."""
 
 
 class QueuePairKey(NamedTuple):
@@ -50,7 +69,7 @@ class QueuePairKey(NamedTuple):
 class RemoteQueuePair:
     """A queue pair of this host that waits for one of another."""
 
-    local: QueuePairRecord
+    local: PairedRecord
     host: RemoteHost | None = None
     """Has the peer. None: no host claims its GID."""
     offer: int = 0
@@ -115,21 +134,29 @@ class RemoteQueuePairs:
     ) -> None:
         """`numbers`: of offers. `begin` begins the connection of a match that a timer has found."""
         self._verbs = verbs
+        self.datagrams: QueuePairOwner | None = None
+        """Has the slots for datagrams."""
         self._loop = loop
         self._sessions = sessions
         self._hosts = hosts
         self._links = links
         self._numbers = numbers
         self._begin = begin
-        self._waiting: dict[QueuePairRecord, RemoteQueuePair] = {}
+        self._waiting: dict[PairedRecord, RemoteQueuePair] = {}
         self._of: defaultdict[IPAddress, _HostQueuePairs] = defaultdict(_HostQueuePairs)
 
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def _owner(self, record: PairedRecord) -> QueuePairOwner:
+        if isinstance(record, FarDatagrams):
+            assert self.datagrams is not None
+            return self.datagrams
+        return self._verbs
+
     # --- queue pairs of this host
 
-    def add(self, record: QueuePairRecord) -> Match | None:
+    def add(self, record: PairedRecord) -> Match | None:
         """Let a queue pair wait, or match it at once."""
         request = self._waiting[record] = RemoteQueuePair(record)
         self._assign(request)
@@ -166,7 +193,7 @@ class RemoteQueuePairs:
         )
         self._sessions.send(host.address, message)
 
-    def cancel(self, record: QueuePairRecord) -> int:
+    def cancel(self, record: PairedRecord) -> int:
         """A queue pair doesn't wait any more. The connection that was begun for it, or 0."""
         request = self._waiting.pop(record, None)
         if request is None:
@@ -208,35 +235,34 @@ class RemoteQueuePairs:
         """Its peer can't be had: for ever, or for now."""
         self.fail(request.local, reason)
 
-    def why_not(self, record: QueuePairRecord) -> Reason | None:
+    def why_not(self, record: PairedRecord) -> Reason | None:
         """Its process may have ended it."""
-        is_there = self._verbs.queue_pairs.get(record.number) is record
-        return None if is_there else Reason.NOT_FOUND
+        return None if self._owner(record).has(record) else Reason.NOT_FOUND
 
     def is_held(self, end: SlotEnd) -> bool:
         """Nobody has the queue pairs of a process that has hung up."""
         return False
 
-    def reserve(self, record: QueuePairRecord, ring: int, connection: int) -> tuple[Arena, int]:
+    def reserve(self, record: PairedRecord, ring: int, connection: int) -> tuple[Arena, int]:
         """Take a slot. Raises KernelRefused: there is no memory for it."""
-        return self._verbs.reserve(record, ring, connection)
+        return self._owner(record).reserve(record, ring, connection)
 
-    def grant(self, record: QueuePairRecord, arena: Arena, slot: int) -> None:
+    def grant(self, record: PairedRecord, arena: Arena, slot: int) -> None:
         """It has a slot."""
         request = self._waiting.pop(record)
         if request.host is not None:
             # It was accepted, not withdrawn.
             self._of[request.host.address].offered.pop(request.offer, None)
         self._detach(request)
-        self._verbs.grant_remote(record, arena, slot)
+        self._owner(record).grant_remote(record, arena, slot)
 
-    def fail(self, record: QueuePairRecord, reason: Reason) -> None:
+    def fail(self, record: PairedRecord, reason: Reason) -> None:
         """A connection comes to nothing. The queue pair may be gone."""
         request = self._waiting.get(record)
         if request is None:
             return
         if reason in _FINAL:
-            self._verbs.forbid(record, reason)
+            self._owner(record).forbid(record, reason)
             return
         self._detach(request)
         request.timer = self._loop.after(AGAIN, lambda: self._assign_again(request))
@@ -248,7 +274,7 @@ class RemoteQueuePairs:
         if match is not None:
             self._begin(match)
 
-    def retry(self, record: QueuePairRecord) -> None:
+    def retry(self, record: PairedRecord) -> None:
         """A connection comes to nothing, and the queue pair goes on waiting."""
         request = self._waiting.get(record)
         if request is not None:

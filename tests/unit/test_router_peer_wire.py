@@ -41,6 +41,8 @@ EXAMPLES: Final[list[pw.Message]] = [
         private=bytes(256),
     ),
     pw.VerbsAlive((1, 2), (3,), True),
+    pw.VerbsDatagramAsk("n1", "10.0.4.1", 4096, "fd00::2", 8193),
+    pw.VerbsDatagramNone("n1", "10.0.4.1", 4096, "fd00::2", 8193, 5),
     pw.Leaves(1013, (1, 2)),
     pw.Waits(1012, (1, 2, 1 << 40)),
     pw.Withdraw(0),
@@ -140,6 +142,16 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
     (
         pw.VerbsAlive((1,), (), True),
         b"\x84\xa4type\xaaVerbsAlive\xa6asking\x91\x01\xa5asked\x90\xa4last\xc3",
+    ),
+    (
+        pw.VerbsDatagramAsk("net", "10.0.1.2", 4096, "fd00::2", 5),
+        b"\x86\xa4type\xb0VerbsDatagramAsk\xa7network\xa3net\xa3gid\xa810.0.1.2"
+        b"\xa3qpn\xcd\x10\x00\xa8peer_gid\xa7fd00::2\xa8peer_qpn\x05",
+    ),
+    (
+        pw.VerbsDatagramNone("net", "10.0.1.2", 4096, "fd00::2", 5, 4),
+        b"\x87\xa4type\xb1VerbsDatagramNone\xa7network\xa3net\xa3gid\xa810.0.1.2"
+        b"\xa3qpn\xcd\x10\x00\xa8peer_gid\xa7fd00::2\xa8peer_qpn\x05\xa6reason\x04",
     ),
     (
         pw.Leaves(1013, (7,)),

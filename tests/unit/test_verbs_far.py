@@ -471,7 +471,7 @@ def test_a_container_that_moves(world: World, ends: Ends) -> None:
 # --- anything
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 1 << 30))
 def test_random_life(seed: int) -> None:
     """Whatever happens to processes, sessions and routers: when all is calm the hosts agree, and

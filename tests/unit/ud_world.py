@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import Final
+from typing import Final, Protocol
 
 from dataplane.router import library_wire as wire
 from dataplane.router import verbs_messages
 from dataplane.router.library_wire import IPAddress
+from dataplane.router.pairing import Pairing
 from dataplane.router.verbs_wire import VerbsDatagrams, VerbsGrant, VerbsKind, VerbsRefuse
+from tests.unit.router_world import FakePost
 from tests.unit.verbs_world import VerbsWorld
 
 GROUP: Final = IPv4Address("239.1.2.3")
+
+
+class UdHost(Protocol):
+    """A registry, and what it has sent to processes."""
+
+    pairing: Pairing
+    post: FakePost
+
 
 Said = VerbsGrant | VerbsRefuse | VerbsDatagrams
 
@@ -22,7 +32,7 @@ Said = VerbsGrant | VerbsRefuse | VerbsDatagrams
 class UdModel:
     """A process with queue pairs of type UD."""
 
-    world: VerbsWorld
+    world: UdHost
     process: int
     qpn: int
     """Its first number."""
@@ -73,7 +83,7 @@ class UdModel:
         )
 
     def kill(self) -> None:
-        self.world.kill(self.world.models[self.process])
+        self.world.pairing.gone(self.process)
 
 
 def clean(world: VerbsWorld) -> None:
