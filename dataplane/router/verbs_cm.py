@@ -47,6 +47,8 @@ PORTS: Final = 16384
 """Ids of one container that are bound to a port."""
 UNANSWERED: Final = 1024
 """Requests that one listener has not answered; half of them of one container."""
+SETTLES: Final = 5.0
+"""Seconds within which the processes of an earlier router tell this one of their listeners."""
 LATE: Final = 120.0
 """Seconds without a word until a request, or a connection that one end has left, is forgotten. Who
 asks repeats its request for 64 seconds."""
@@ -76,6 +78,7 @@ class VerbsConnections:
         self.far: FarEnds = NoFarEnds()
         self.ports = VerbsPorts(secret)
         self.table = ConnectionTable(secret())
+        self._since = registry.clock()
         self.counts = CmCounts()
 
     # --- ports
@@ -280,7 +283,7 @@ class VerbsConnections:
             and (listener := self._listener(network.owners[target], message, target)) is not None
         ]
         if not found:
-            return None
+            return Reason.LIMIT if self._listeners_may_return() else None
         waiting = found[message.id % len(found)][0].waiting
         if (
             waiting.total() >= UNANSWERED
@@ -289,6 +292,12 @@ class VerbsConnections:
         ):
             return Reason.LIMIT
         return found[message.id % len(found)]
+
+    def _listeners_may_return(self) -> bool:
+        """Whether this router has taken over from another one just now."""
+        if self._registry.clock() >= self._since + SETTLES:
+            return False
+        return any(opened.device.wanted for opened in self._processes.values())
 
     def _listener(self, namespace: int, message: VerbsConnection, gid: IPAddress) -> BoundId | None:
         listener = self.ports.listener(namespace, message.space, message.port, gid)

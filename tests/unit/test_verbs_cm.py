@@ -10,8 +10,9 @@ from dataplane.errors import WrongMessage
 from dataplane.router import verbs_cm
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.reasons import Reason
-from dataplane.router.verbs_cm import LATE
+from dataplane.router.verbs_cm import LATE, SETTLES
 from dataplane.router.verbs_connections import Reject
+from dataplane.router.verbs_devices import RANGE
 from dataplane.router.verbs_pairing import RETURN
 from dataplane.router.verbs_wire import (
     Step,
@@ -437,6 +438,20 @@ def test_nonsense(world: VerbsWorld, ends: Ends) -> None:
 
 
 # --- a router that was restarted
+
+
+def test_listeners_that_may_come_back(world: VerbsWorld) -> None:
+    """Nobody is told that nobody listens while processes come back from an earlier router."""
+    one = CmModel.open(world, 1)
+    back = CmModel(world, world.open(2, qpn_first=3 * RANGE).process)
+    one.ask(1, B, PORT)
+    assert one.read() == [VerbsRefuse(VerbsKind.CONNECTION, 0, 1, Reason.LIMIT)]
+    back.listen(100, PORT)
+    one.ask(1, B, PORT)
+    assert back.hear().step is Step.REQUEST
+    world.now += SETTLES
+    one.ask(2, B, PORT + 1)
+    assert one.hear().reject == Reject.NO_SERVICE
 
 
 def test_a_resumed_connection(world: VerbsWorld, ends: Ends) -> None:
