@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-from dataplane.errors import KernelRefused, WrongMessage
+from dataplane.errors import KernelRefused
 from dataplane.router.arena_table import ArenaTable
 from dataplane.router.arenas import Arena, EndKey
 from dataplane.router.knowledge import KnownNetwork
@@ -24,7 +24,7 @@ from dataplane.router.registry import Registry
 from dataplane.router.seams import ArenaMemory
 from dataplane.router.slot_grants import SlotGrants
 from dataplane.router.verbs_devices import RANGE
-from dataplane.router.verbs_pairing import VerbsProcess
+from dataplane.router.verbs_pairing import VerbsProcess, opened_by
 from dataplane.router.verbs_wire import (
     SlotKind,
     VerbsDatagrams,
@@ -164,10 +164,7 @@ class Datagrams:
         Raises:
             WrongMessage: the process has not sent V_OPEN.
         """
-        opened = self._processes.get(process_id)
-        if opened is None:
-            raise WrongMessage("a message of verbs before V_OPEN")
-        return opened
+        return opened_by(self._processes, process_id)
 
     def open(self, process_id: int, message: VerbsDatagrams) -> None:
         """A queue pair takes datagrams, or none any more.
