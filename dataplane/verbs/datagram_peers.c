@@ -175,8 +175,9 @@ static void start(struct datagram_peer *peer, struct view out, struct view in, i
         atomic_store_explicit(&peer->crowded, false, memory_order_relaxed);
         atomic_store_explicit(&peer->out, out.ring, memory_order_release);
         atomic_store_explicit(&peer->in, in.ring, memory_order_release);
-        /* Relays take nothing of the other side before that. */
+        /* Relays take nothing of the other side before that, and may sleep. */
         atomic_store_explicit(&in.ring->ready, 1, memory_order_release);
+        datagram_router->ring(peer, &in.ring->senders);
         set_state(peer, PEER_UP);
 }
 
@@ -212,6 +213,7 @@ struct datagram_peer *peer_up(const struct datagram_slot *slot)
         peer->count = slot->count;
         peer->number = slot->number;
         peer->epoch = slot->epoch;
+        peer->since = monotonic();
         peer->again = 0;
         copy_place(&peer->place, slot->place);
         start(peer, slot->out, slot->in, slot->bell);
@@ -399,6 +401,12 @@ static void await_room(struct datagram_peer *peer)
                 wait_begin(senders, bell);
 }
 
+/* The process on the other host has not got the slot yet. */
+static enum datagram_outcome wait_for_start(const struct datagram_peer *peer)
+{
+        return monotonic() - peer->since > (uint64_t)FOR_PEER * MILLISECOND ? DATAGRAM_DONE : DATAGRAM_WAIT;
+}
+
 static enum datagram_outcome put(struct datagram_peer *peer, const struct datagram *datagram)
 {
         struct ring *ring = peer->sender.view.ring;
@@ -414,7 +422,7 @@ static enum datagram_outcome put(struct datagram_peer *peer, const struct datagr
 
         check_taken(peer);
         if (view_remote(&peer->sender.view) && !atomic_load_explicit(&ring->ready, memory_order_acquire))
-                return wait_for_room(peer);
+                return wait_for_start(peer);
         outcome = record_put(&peer->sender, &record, &cursor);
         if (outcome == RECORD_WAIT && datagram->awaits) {
                 await_room(peer);

@@ -64,7 +64,7 @@ struct datagram_peer {
         /* Of the table: */
         uint32_t request; /* the number of what is asked for */
         bool refused;     /* the router has answered, though there may be one in a moment */
-        uint64_t since;   /* ns: when it was asked for, or refused, or became NOBODY */
+        uint64_t since;   /* ns: when it was asked for, or refused, or became NOBODY or UP */
         uint64_t again;   /* ns: when to ask again */
 
         struct mutex sending;
