@@ -23,9 +23,12 @@ from tests.dataplane.places import LIBRARY, ROOT, compile_c
 from tests.dataplane.two_hosts import HostBed, cut, two_hosts
 from tests.verbs.conftest import HEADER, SECONDS
 from tests.verbs.test_far import FAR, check_lost, finish
+from tests.verbs.test_rdma_cm import PAIRS
 
 RELAY: Final = ROOT / "build" / "freeflow-relay-memory"
 INSIDE: Final = Path("/run/freeflow")
+PROGRAMS: Final = ("rping", "ucmatose", "rstream", "ib_send_bw", "ib_send_lat", "udaddy")
+"""Of those that connect by rdma_cm; the last two use datagrams."""
 Hosts = tuple[HostBed, HostBed]
 
 pytestmark = pytest.mark.skipif(
@@ -61,7 +64,8 @@ def board(tmp_path: Path) -> Path:
 
 def start(container: BedContainer, *command: str) -> subprocess.Popen[str]:
     """Start a program with verbs in a container."""
-    preload = f"{INSIDE / LIBRARY.name}:{INSIDE / 'verbs' / 'libibverbs.so.1'}"
+    verbs = INSIDE / "verbs"
+    preload = f"{INSIDE / LIBRARY.name}:{verbs / 'libibverbs.so.1'}:{verbs / 'libibverbs.so'}"
     return container.popen(
         ["env", f"LD_PRELOAD={preload}", *command],
         accelerated=False,
@@ -104,6 +108,7 @@ def until_empty(hosts: Hosts) -> None:
         ["ib_send_lat", "-n", "300", "-e"],
         ["ib_write_bw", "-n", "300", "-q", "3"],
         ["ib_read_bw", "-n", "300"],
+        ["ib_send_lat", "-c", "UD", "-n", "300"],
     ],
     ids=" ".join,
 )
@@ -120,6 +125,24 @@ def test_perftest(hosts: Hosts, command: list[str]) -> None:
         time.sleep(0.02)
     client = start(a, *command, "-F", str(b.ipv4))
     finish(server, client, seconds=60)
+    until_empty(hosts)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_rdma_cm(hosts: Hosts, name: str) -> None:
+    """Programs that connect by rdma_cm find each other between hosts, and leave nothing behind."""
+    if shutil.which(name) is None:
+        pytest.skip(f"missing: {name} (make setup)")
+    a, b = hosts[0].containers["a"], hosts[1].containers["b"]
+    server, client = ([word.format(b.ipv4) for word in words] for words in PAIRS[name])
+    served = start(b, *server)
+    until = time.monotonic() + patience(20)
+    while (asked := start(a, *client)).wait(patience(60)):
+        # It has come too early.
+        said = asked.communicate()
+        assert served.poll() is None, (said, served.communicate())
+        assert time.monotonic() < until, said
+    finish(asked, served, seconds=60)
     until_empty(hosts)
 
 
