@@ -170,6 +170,7 @@ class InterHost:
             relay_encryption=settings.relay_encryption,
             tunnel_offload=self._pairing.knowledge.offload,
             verbs=settings.verbs,
+            verbs_cm=settings.verbs,
         )
         hellos = self.remotes.hellos()
         self._transports[Transport.RDMA].decide(

@@ -75,6 +75,8 @@ class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
     """Whether its underlay's device segments UDP tunnels."""
     verbs: bool = False
     """Whether it pairs queue pairs of verbs with those of other hosts."""
+    verbs_cm: bool = False
+    """Whether it also connects processes by rdma_cm, and gives them slots for datagrams."""
 
 
 class Owns(msgspec.Struct, frozen=True, tag=True):

@@ -83,7 +83,7 @@ class FarConnections:
         host = self._hosts.owner(network.id, gid)
         if host is None:
             return Reason.REMOTE if self._why_not(network) in _NEVER else Reason.LIMIT
-        if host.hello is None or not host.hello.verbs:
+        if host.hello is None or not host.hello.verbs_cm:
             return Reason.REMOTE
         return host.address
 
@@ -181,7 +181,7 @@ class FarConnections:
     def session_up(self, host: RemoteHost) -> None:
         """There is a session. The other router may be a new one: then it has no connections."""
         self._alive.pop(host.address, None)
-        if host.hello is None or not host.hello.verbs:
+        if host.hello is None or not host.hello.verbs_cm:
             self.end_all(host)
             return
         of_host = list(self._table.of_host.get(host.address, ()))

@@ -38,6 +38,11 @@ _FINAL: Final = frozenset({Reason.LIMIT, Reason.MEMORY, Reason.REMOTE_OFF})
 PairedRecord = QueuePairRecord | FarDatagrams
 
 
+def _knows(peer: peer_wire.PeerHello, record: PairedRecord) -> bool:
+    """Whether a peer's router knows what is to be paired; one of an earlier version may not."""
+    return peer.verbs_cm if isinstance(record, FarDatagrams) else peer.verbs
+
+
 class QueuePairOwner(Protocol):
     """Who has queue pairs, or what is paired like them."""
 
@@ -166,7 +171,7 @@ class RemoteQueuePairs:
         """Assign a queue pair to the host that owns its peer's GID, if that knows verbs."""
         record = request.local
         host = self._hosts.owner(record.network, record.peer_gid)
-        if host is None or host.hello is None or not host.hello.verbs:
+        if host is None or host.hello is None or not _knows(host.hello, record):
             return
         request.host = host
         self._of[host.address].requests[request.key] = request

@@ -556,6 +556,7 @@ class Host:
             relay_ring=RELAY_RING,
             tunnel_offload=self.pairing.knowledge.offload,
             verbs=self.number in self.world.verbs,
+            verbs_cm=self.number in self.world.verbs_cm,
         )
 
 
@@ -601,19 +602,22 @@ class World:
         cards: Container[int] = range(99),
         tcp: Container[int] = (),
         verbs: Container[int] = range(99),
+        verbs_cm: Container[int] = range(99),
         rule: EntryRule | None = None,
         ruled: bool = False,
         **settings: Any,
     ) -> None:
         """`cards`: the hosts with RDMA devices; `tcp`: those whose relays speak TCP. The others'
         routers are of a version that doesn't know of TCP; `verbs`: those that pair queue pairs with
-        others'. `ruled`: connections enter TCP between relays by the rule, otherwise all do.
+        others', and `verbs_cm`: those that know rdma_cm and datagrams between hosts. `ruled`:
+        connections enter TCP between relays by the rule, otherwise all do.
         """
         self.size = size
         self.settings = settings
         self.cards = cards
         self.tcp = tcp
         self.verbs = verbs
+        self.verbs_cm = verbs_cm
         self.rule = None if ruled else rule or Open()
         self.quota: float | None = None
         """Processors that each container may use."""

@@ -89,11 +89,13 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
             relay_encryption="all",
             tunnel_offload=False,
             verbs=True,
+            verbs_cm=True,
         ),
-        b"\x8d\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
+        b"\x8e\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
         b"\xa4node\xa2n1\xa9data_path\xa9192.0.2.1\xa4rdma\xc3\xa4ring\xce\x00\x01\x00\x00"
         b"\xa5build\xa1b\xa5relay\xc3\xaarelay_ring\xce\x00\x01\x00\x00"
-        b"\xb0relay_encryption\xa3all\xaetunnel_offload\xc2\xa5verbs\xc3",
+        b"\xb0relay_encryption\xa3all\xaetunnel_offload\xc2\xa5verbs\xc3"
+        b"\xa8verbs_cm\xc3",
     ),
     (
         pw.Owns({"net": ("10.0.1.2",)}),

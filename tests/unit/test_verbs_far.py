@@ -228,8 +228,8 @@ def _with_vip(host: Host, vip: str, tasks: tuple[str, ...]) -> None:
 
 
 def test_a_host_of_an_earlier_version() -> None:
-    """A host that knows nothing of verbs is told nothing of them."""
-    world = started(verbs=(0,))
+    """A host that knows nothing of rdma_cm is told nothing of it."""
+    world = started(verbs_cm=(0,))
     one, other = FarModel.on(world.hosts[0]), FarModel.on(world.hosts[1])
     one.ask(1, other.address, PORT)
     assert one.read() == [VerbsRefuse(VerbsKind.CONNECTION, 0, 1, Reason.REMOTE)]

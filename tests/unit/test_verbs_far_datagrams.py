@@ -171,7 +171,7 @@ def test_nobody_there(world: World, ends: Ends) -> None:
 
 def test_hosts_without_verbs() -> None:
     """A host of an earlier version is asked nothing; one without a session later."""
-    world = started(verbs=(0,))
+    world = started(verbs_cm=(0,))
     one, other = FarUd.on(world.hosts[0]), FarUd.on(world.hosts[1])
     one.reach(other)
     assert one.read() == [refused(5, other.qpn, Reason.REMOTE)]
