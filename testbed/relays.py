@@ -39,7 +39,7 @@ SOCKETS: Final = 4
 """Of a link over TCP."""
 WHOLE: Final = 0
 BROKEN: Final = 1
-VERSION: Final = 5
+VERSION: Final = 6
 RING: Final = 256 << 10
 PATIENCE: Final = 10.0
 

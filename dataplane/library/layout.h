@@ -38,7 +38,8 @@
  *      messages w sender, before tail; r router: how often bytes were put, for people
  *      stop     w receiver (seq_cst)  r sender (seq_cst)     the receiver requests that the ring ends; STOP_RAW:
  *                                                            because bytes came over TCP
- *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between checking `stop` and publishing
+ *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between checking `stop` and publishing;
+ *                                                            a queue pair's (relaxed): it waits for the other one
  *      waiters  w both (seq_cst)                             this direction's sleepers: wait_begin(), wake()
  * Of each bell, in struct arena: `dirty` (slots in which something happened) and `rung` (rung.h),
  * both seq_cst.

@@ -192,12 +192,12 @@ void link_use_stream(struct link *link, const struct transport *stream)
         become(link, LINK_STREAM);
 }
 
-void link_expire(struct link *link, uint32_t most)
+void link_expire(struct link *link, enum relay_user user, uint32_t most)
 {
         if (link->state == LINK_UP || link->state == LINK_STREAM)
                 return;
         EACH(node, &link->mirrors)
-                mirror_expire(OF(node, struct mirror, of_link), most);
+                mirror_expire(OF(node, struct mirror, of_link), user, most);
 }
 
 static void forget_farewells(struct node *list)

@@ -29,7 +29,7 @@ int link_connect(struct link *link, const struct wire_address *address, char *te
 /* R_STREAM: from now on the link goes over this transport, which needs no channel. */
 void link_use_stream(struct link *link, const struct transport *stream);
 /* R_EXPIRE: does nothing unless the link is down. */
-void link_expire(struct link *link, uint32_t most);
+void link_expire(struct link *link, enum relay_user user, uint32_t most);
 /* R_UNLINK; breaks connections that are left. */
 void link_remove(struct link *link);
 /* All links send what is queued. True: one has. */

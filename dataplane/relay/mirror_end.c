@@ -58,13 +58,16 @@ static bool waits_for_peer(const struct mirror *m)
 
         if (mirror_is_through(m) || m->peer_dropped)
                 return false;
+        /* A peer that has all of it still owes the answer. */
+        if (m->queue_pair)
+                return atomic_load_explicit(&m->out->busy, memory_order_relaxed) || (ends && !ended);
         return (m->acked != m->tail && !(m->peer_flags & WIRE_CLOSED)) || (ends && !ended) || m->leaves ||
                m->stop_requested;
 }
 
-void mirror_expire(struct mirror *m, uint32_t most)
+void mirror_expire(struct mirror *m, enum relay_user user, uint32_t most)
 {
-        if (m->state != MIRROR_PAIRED)
+        if (m->state != MIRROR_PAIRED || m->queue_pair != (user == RELAY_QUEUE_PAIR))
                 return;
         mirror_scan(m);
         m->expired = waits_for_peer(m) ? m->expired + 1 : 0;

@@ -13,7 +13,7 @@ void mirror_leave(struct mirror *mirror);
 void mirror_stop_process(struct mirror *mirror);
 /* R_EXPIRE: breaks it if this is the last of `most` in a row at which it waits for the peer. An
  * idle one is like an idle TCP connection: it can wait for any time. */
-void mirror_expire(struct mirror *mirror, uint32_t most);
+void mirror_expire(struct mirror *mirror, enum relay_user user, uint32_t most);
 /* Returns when to call it again; 0: never. */
 uint64_t mirrors_end_tick(uint64_t present);
 

@@ -19,8 +19,9 @@
  *      R_STREAM link                      ->  RDMA is gone for good on this link: use frames
  *      R_FRAME link, bytes                <-> for or from the peer's relay, over the session
  *      R_UNLINK link                      ->  no answer; connections that are left are reset
- *      R_EXPIRE link, count               ->  no answer; link is down: connections that have waited
- *                                             for the peer at the last `count` of these are reset
+ *      R_EXPIRE link, count, user         ->  no answer; link is down: connections, or queue pairs,
+ *                                             that have waited for the peer at the last `count` of
+ *                                             these are reset
  *      R_ARENA arena + memfd, bell        ->  no answer; `bell`: receiving end of bell 0 of side 1
  *      R_BELL arena, index + bell         ->  no answer; sending end of a bell of side 0, which
  *                                             replaces an older one
@@ -56,7 +57,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RELAY_VERSION 5
+#define RELAY_VERSION 6
 
 enum {
         RELAY_SOCKET = 3,
@@ -145,8 +146,8 @@ struct relay_opened {
 };
 
 /* R_LINK: a link and its transport; R_SOCKET: a link and the index of its socket;
- * R_UNLINK, R_STREAM: a link; R_EXPIRE: a link and a count; R_CLOSE, R_LEAVE, R_LEFT, R_DROPPED: a
- * connection; R_FINISHED, R_ENDED, R_DROP: a connection and a state; R_COUNT: neither. */
+ * R_UNLINK, R_STREAM: a link; R_CLOSE, R_LEAVE, R_LEFT, R_DROPPED: a connection; R_FINISHED,
+ * R_ENDED, R_DROP: a connection and a state; R_COUNT: neither. */
 struct relay_number {
         struct relay_message message;
         uint32_t number;
@@ -199,6 +200,14 @@ enum relay_user {
         /* A queue pair of verbs, which has no TCP connection: where one would have to fall back, it
          * breaks. */
         RELAY_QUEUE_PAIR = 1,
+};
+
+/* R_EXPIRE */
+struct relay_expire {
+        struct relay_message message;
+        uint32_t link;
+        uint16_t count;
+        uint16_t user; /* enum relay_user */
 };
 
 /* R_SLOT */

@@ -107,11 +107,11 @@ static void do_unlink(const void *data, UNUSED int *descriptors)
 
 static void do_expire(const void *data, UNUSED int *descriptors)
 {
-        const struct relay_number *message = data;
-        struct link *link = link_find(message->number);
+        const struct relay_expire *message = data;
+        struct link *link = link_find(message->link);
 
         if (link)
-                link_expire(link, message->state);
+                link_expire(link, message->user, message->count);
 }
 
 static void do_stream(const void *data, UNUSED int *descriptors)
@@ -283,7 +283,7 @@ static const struct {
     [R_LEAVE] = {sizeof(struct relay_number), do_leave},
     [R_DROP] = {sizeof(struct relay_number), do_drop},
     [R_STREAM] = {sizeof(struct relay_number), do_stream},
-    [R_EXPIRE] = {sizeof(struct relay_number), do_expire},
+    [R_EXPIRE] = {sizeof(struct relay_expire), do_expire},
     [R_COUNT] = {sizeof(struct relay_number), do_count},
 };
 

@@ -129,8 +129,8 @@ class Link:
     timer: Timer | None = None
     frames: deque[bytes] = field(default_factory=deque)
     """Wait until the session has room."""
-    deadline: Timer | None = None
-    """When its connections are reset."""
+    deadlines: dict[int, Timer] = field(default_factory=dict)
+    """When those that use it are reset, or checked next, by who they are."""
 
 
 class LinkTable:

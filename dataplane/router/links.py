@@ -455,7 +455,7 @@ class Links(LinkTable):
             link.awaited = ""
         if state in (LinkState.NONE, LinkState.UP):
             self._deadlines.stop(link)
-        elif state is not LinkState.MAKING and link.deadline is None:
+        elif state is not LinkState.MAKING and not link.deadlines:
             self._deadlines.start(link)
 
 

@@ -16,7 +16,7 @@ import msgspec
 from dataplane.errors import WrongMessage
 from dataplane.router.codec import I32, U32, U64, Codec, WireField
 
-RELAY_VERSION: Final = 5
+RELAY_VERSION: Final = 6
 RELAY_SOCKET: Final = 3
 """The relay's descriptor."""
 MAX_TEXT: Final = 96
@@ -192,7 +192,6 @@ class RelayOpened(msgspec.Struct, frozen=True):
     RelayKind.LINK,
     RelayKind.SOCKET,
     RelayKind.UNLINK,
-    RelayKind.EXPIRE,
     RelayKind.STREAM,
     RelayKind.CLOSE,
     RelayKind.FINISHED,
@@ -278,6 +277,15 @@ class RelaySlot(msgspec.Struct, frozen=True):
     user: _U16 = CONNECTION
 
 
+@codec.message(RelayKind.EXPIRE)
+class RelayExpire(msgspec.Struct, frozen=True):
+    """Users of a link that is down are reset if they have waited at each of the last `count`."""
+
+    link: U32
+    count: _U16
+    user: _U16 = CONNECTION
+
+
 @codec.message(RelayKind.FRAME, tail=MAX_FRAME)
 class RelayFrame(msgspec.Struct, frozen=True):
     """Bytes of a link that is carried over the session instead of RDMA."""
@@ -313,6 +321,7 @@ Message = (
     | RelayAccept
     | RelayArena
     | RelaySlot
+    | RelayExpire
     | RelayFrame
     | RelayCounters
     | RelayUsage

@@ -44,7 +44,6 @@ from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import SessionUser
 from dataplane.router.verbs_interhost import VerbsInterHost
 from dataplane.router.verbs_remote import RemoteQueuePairs
-from dataplane.router.verbs_stranded import StrandedQueuePairs
 
 OPENING: Final = "it is being opened"
 """Why a transport can't be used yet."""
@@ -102,7 +101,6 @@ class Remotes(LentArenas, Generic[SessionsT]):
         )
         self.verbs = VerbsInterHost(pairing, loop, self.sessions, self.hosts, self.why_not)
         self.queue_pairs.datagrams = self.verbs.datagrams
-        self._stranded = StrandedQueuePairs(loop, self.hosts, self.links, self.connections)
         self.why = dict.fromkeys(Transport, "the router has just started")
         """Why the relay can't use a transport; "" if it can."""
 
@@ -135,7 +133,6 @@ class Remotes(LentArenas, Generic[SessionsT]):
         for host in self.hosts:
             self.hosts.tell_owned(host)
         self.links.tick()
-        self._stranded.tick()
 
     def use(self, transport: Transport, why: str) -> None:
         """The relay can use a transport (""), or why it can't."""

@@ -97,7 +97,7 @@ void post_finish(struct queue_pair *queue)
 {
         bool first = !atomic_load_explicit(&queue->open, memory_order_relaxed), waits;
 
-        atomic_store_explicit(&queue->open, queue->sends.tail - queue->sends.head, memory_order_relaxed);
+        queue_count_open(queue);
         if (queue_state(queue) == IBV_QPS_ERR)
                 queue_flush_sends(queue, NULL);
         else if (queue_has_datagrams(queue))

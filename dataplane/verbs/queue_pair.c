@@ -97,6 +97,16 @@ static enum ibv_wc_opcode opcode_of(const struct send_work *work)
         }
 }
 
+void queue_count_open(struct queue_pair *queue)
+{
+        uint32_t open = queue->sends.tail - queue->sends.head;
+        struct ring *out = atomic_load_explicit(&queue->out, memory_order_relaxed);
+
+        atomic_store_explicit(&queue->open, open, memory_order_relaxed);
+        if (out && atomic_load_explicit(&queue->relayed, memory_order_relaxed))
+                atomic_store_explicit(&out->busy, open != 0, memory_order_relaxed);
+}
+
 /* Only an index moves: the request stays readable until the next one is posted. */
 static void drop_oldest(struct queue_pair *queue)
 {
@@ -107,7 +117,7 @@ static void drop_oldest(struct queue_pair *queue)
                 sends->next = sends->head;
         if ((int32_t)(sends->reading - sends->head) < 0)
                 sends->reading = sends->head;
-        atomic_store_explicit(&queue->open, sends->tail - sends->head, memory_order_relaxed);
+        queue_count_open(queue);
 }
 
 /* For lists: a request is executed. */
@@ -304,6 +314,7 @@ bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, co
                 atomic_store_explicit(&queue->out, out.ring, memory_order_release);
                 atomic_store_explicit(&queue->in, in.ring, memory_order_release);
                 queue->direct.may = direct;
+                queue_count_open(queue);
                 queue->credit_due = true;
                 atomic_store_explicit(&queue->pairing, QUEUE_PAIRED, memory_order_release);
                 queue_publish(queue);

@@ -271,6 +271,9 @@ void queue_complete_send(struct queue_pair *queue, enum ibv_wc_status status, co
 void queue_flush_sends(struct queue_pair *queue, const struct cq *polled);
 /* It can't go on: become ERR soon, and tell the program by this event. */
 void queue_fail(struct queue_pair *queue, enum queue_event event);
+/* So many requests are open. A relay is told whether any are: without a link it gives up a queue
+ * pair that waits, and no idle one. */
+void queue_count_open(struct queue_pair *queue);
 /* Is it paired, and does the other side use its rings already? */
 bool queue_is_ready(struct queue_pair *queue);
 /* Put what is to be told, as far as there is room, and publish all that was put. */

@@ -119,9 +119,9 @@ void mirror_confirm_farewell(struct link *link, uint32_t number, uint64_t cookie
         (void)link, (void)number, (void)cookie;
 }
 
-void mirror_expire(struct mirror *m, uint32_t most)
+void mirror_expire(struct mirror *m, enum relay_user user, uint32_t most)
 {
-        (void)m, (void)most;
+        (void)m, (void)user, (void)most;
 }
 
 bool mirror_is_registered(const struct mirror *m, const struct transport *transport)

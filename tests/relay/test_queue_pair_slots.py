@@ -16,6 +16,8 @@ from dataplane.router.relay_wire import CONNECTION, QUEUE_PAIR
 from testbed.patience import patience
 from testbed.relays import BROKEN, End, Relay, give_arena, give_bells, link, pair, place, relays
 
+TAIL: Final = 0
+BUSY: Final = 32
 READY: Final = 72
 SENDERS: Final = 192
 """Offsets in struct ring, of the library."""
@@ -104,6 +106,53 @@ def test_ready_wakes(binary: Path) -> None:
         wake_relay(two)
         assert one.waits[0].recv(1)
         assert one.word(0, READY, 4) == 1
+
+
+def expire(relay: Relay, user: int) -> None:
+    """Ask which of a link's users have waited for the peer, at three of these in a row."""
+    relay.number("EXPIRE", 1, 3 | user << 16)
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "idle"])
+def test_long_outage(binary: Path, waits: bool) -> None:
+    """Without a link, a queue pair with open requests is broken at the last check, unless there is
+    none at one in between. An idle one stays, whatever it has put into its ring.
+    """
+    with relays(binary) as (a, b):
+        one, two = connected(a, b, QUEUE_PAIR)
+        two.write(1, READY, 1, 4)
+        wake_relay(two)
+        wait_until(lambda: one.word(0, READY, 4) == 1)
+        b.process.kill()
+        b.process.wait()
+        a.expect("DOWN", number=1)
+        one.write(0, TAIL, 64)
+        wake_relay(one)
+        for busy in (1, 0, 1, 1):
+            one.write(0, BUSY, busy and waits, 4)
+            expire(a, QUEUE_PAIR)
+            # By its answer it has looked.
+            a.counts()
+        for _ in range(4):
+            expire(a, CONNECTION)
+        a.counts()
+        assert not is_broken(one)
+        expire(a, QUEUE_PAIR)
+        assert a.counts()["broken"] == waits
+        assert is_broken(one) == waits
+
+
+def test_long_outage_of_a_closed_one(binary: Path) -> None:
+    """Without a link, a queue pair that nobody has any more ends, too."""
+    with relays(binary) as (a, b):
+        one, _ = connected(a, b, QUEUE_PAIR)
+        b.process.kill()
+        b.process.wait()
+        a.expect("DOWN", number=1)
+        a.number("CLOSE", one.number)
+        for _ in range(3):
+            expire(a, QUEUE_PAIR)
+        assert a.expect("FINISHED", number=one.number).state == BROKEN
 
 
 def test_connections_leave_in_order(binary: Path) -> None:

@@ -172,6 +172,8 @@ class FakeRelay:
                 self.world.exchange()
             case relay_wire.Number():
                 self.number(message)
+            case relay_wire.RelayExpire():
+                self.expire(message)
             case relay_wire.RelayFrame():
                 assert self.links[message.link].stream
 
@@ -187,6 +189,15 @@ class FakeRelay:
             message.user == relay_wire.QUEUE_PAIR,
         )
         self.answer(relay_wire.Offered(RelayKind.PLACED, message.connection, 0, "", b"place"))
+
+    def expire(self, message: relay_wire.RelayExpire) -> None:
+        for lent in list(self.lent.values()):
+            is_meant = lent.queue_pair == (message.user == relay_wire.QUEUE_PAIR)
+            if lent.link == message.link and lent.paired and is_meant:
+                waits = lent.number in self.stuck or lent.leaves or lent.closed
+                lent.expired = lent.expired + 1 if waits else 0
+                if lent.expired >= message.count and not lent.broken:
+                    self.break_it(lent)
 
     def connect(self, message: relay_wire.RelayAccept) -> None:
         host, link, generation = map(int, message.words.split(b","))
@@ -216,13 +227,6 @@ class FakeRelay:
                 self.links[number] = Wire(generation, before.other, kind=message.state)
                 words = f"{self.host.number},{number},{generation}".encode()
                 self.answer(relay_wire.Offered(RelayKind.LINKED, number, 0, "", words))
-            case RelayKind.EXPIRE:
-                for lent in list(self.lent.values()):
-                    on_the_way = lent.number in self.stuck or lent.leaves or lent.closed
-                    if lent.link == number and lent.paired:
-                        lent.expired = lent.expired + 1 if on_the_way else 0
-                        if lent.expired >= message.state and not lent.broken:
-                            self.break_it(lent)
             case RelayKind.UNLINK:
                 self.links.pop(number, None)
                 self.farewells = [lent for lent in self.farewells if lent.link != number]

@@ -52,6 +52,10 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
         f".connection = {N32}, .link = {M32}, .slot = 63, .user = RELAY_QUEUE_PAIR, "
         f".arena = {N64}u, .incarnation = {M64}u",
     ),
+    "expire": (
+        lambda _: wire.RelayExpire(N32, 5, wire.QUEUE_PAIR),
+        f".link = {N32}, .count = 5, .user = RELAY_QUEUE_PAIR",
+    ),
     "counts": (
         lambda _: wire.RelayCounters({name: 1000 + n for n, name in enumerate(wire.COUNTERS)}),
         ".counters = {" + ", ".join(str(1000 + n) for n in range(len(wire.COUNTERS))) + "}",
@@ -63,7 +67,7 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
     ),
 }
 KINDS: Final = {
-    "number": "LINK SOCKET UNLINK EXPIRE STREAM CLOSE FINISHED LEAVE LEFT DROP DROPPED COUNT ENDED",
+    "number": "LINK SOCKET UNLINK STREAM CLOSE FINISHED LEAVE LEFT DROP DROPPED COUNT ENDED",
     "outcome": "CONNECTED DOWN PAIRED",
     "offer": "LINKED PLACED",
     "accept": "CONNECT PAIR",
@@ -71,6 +75,7 @@ KINDS: Final = {
     "open": "OPEN",
     "opened": "OPENED",
     "slot": "SLOT",
+    "expire": "EXPIRE",
     "counts": "COUNTS",
     "usage": "USAGE",
 }

@@ -18,11 +18,11 @@ from dataplane.errors import WrongMessage
 from dataplane.router import library_wire as wire
 from dataplane.router import peer_wire, relay_wire
 from dataplane.router.knowledge import Knowledge
+from dataplane.router.link_deadlines import QUEUE_PAIRS
 from dataplane.router.queue_pairs import QueuePairRecord
 from dataplane.router.reasons import Reason
 from dataplane.router.remote_events import Transport
 from dataplane.router.verbs_listing import objects
-from dataplane.router.verbs_stranded import STRANDED
 from dataplane.router.verbs_wire import (
     VERBS_VERSION,
     VerbsDevice,
@@ -341,25 +341,47 @@ def test_lost_link(world: World) -> None:
 
 
 @pytest.mark.parametrize("equipment", ["rdma", "relay"])
-@pytest.mark.parametrize("session", [True, False])
-def test_link_that_stays_lost(equipment: str, session: bool) -> None:
-    """Queue pairs whose hosts don't reach each other end after half a minute, not before."""
+def test_hosts_that_do_not_reach_each_other(equipment: str) -> None:
+    """A queue pair that waits for its peer ends after half a minute without a link and a session,
+    not before, and its peer when the hosts reach each other again. An idle one goes on then.
+    """
+    world = started(**EQUIPMENT[equipment])
+    one, other = paired(world)
+    idle = paired(world, A, B)
+    assert one.grant is not None
+    arena = one.host.pairing.arenas[one.grant.arena]
+    one.host.relay.stuck.add(arena.slots[one.grant.slot].connection)
+    world.cut()
+    world.lose(*world.hosts)
+    world.break_link(*world.hosts)
+    world.loop.run(QUEUE_PAIRS - 1)
+    assert not one.broken
+    world.loop.run(10)
+    assert one.broken
+    assert not other.broken
+    one.end()
+    world.loop.run(4000)
+    world.cut(mend=True)
+    world.connect_all()
+    world.loop.run(10)
+    assert other.broken
+    assert not any(each.broken for each in idle)
+    end(world, other, *idle)
+
+
+@pytest.mark.parametrize("equipment", ["rdma", "relay"])
+def test_link_that_stays_lost(equipment: str) -> None:
+    """Queue pairs end if their hosts' routers reach each other and the relays don't."""
     world = started(**EQUIPMENT[equipment])
     one, other = paired(world)
     world.cut()
-    if not session:
-        world.lose(*world.hosts)
     world.break_link(*world.hosts)
-    if not session:
-        world.loop.run(STRANDED - 3)
-        assert not one.broken
     world.loop.run(20)
     assert one.broken
     assert other.broken
     one.end()
     other.end()
     world.cut(mend=True)
-    world.connect_all()
     world.loop.run(4000)
     end(world)
 

@@ -15,7 +15,9 @@ from typing import Final
 
 import pytest
 
+from dataplane.router.relay_wire import QUEUE_PAIR
 from testbed.patience import patience
+from testbed.process import wait_until
 from testbed.relays import LOOPBACK, TCP
 from tests.dataplane.places import LIBRARY, compile_c
 from tests.relay.conftest import FAULTS, build
@@ -204,12 +206,15 @@ def test_links_that_get_lost(
 def peers(
     far: Path, library: Path, relay: Path, socket_path: Path, board: Path, transport: int
 ) -> Iterator[tuple[FarRouter, list[subprocess.Popen[str]]]]:
-    """Two processes that have sent to each other, and have no receives."""
+    """Two processes that have sent to each other, and have no receives: the first one is on the
+    first host.
+    """
     with far_router(socket_path, relay, transport) as router:
-        ends = [
-            start(far, library, socket_path, "peer", str(board), str(side)) for side in range(2)
-        ]
+        ends = [start(far, library, socket_path, "peer", str(board), "0")]
         try:
+            # Processes get their hosts in the order in which they open the device.
+            wait_until("the first process", lambda: any(each.gid for each in router.clients))
+            ends.append(start(far, library, socket_path, "peer", str(board), "1"))
             for end in ends:
                 assert end.stdout is not None
                 assert end.stdout.readline() == "sent\n"
@@ -272,6 +277,41 @@ def test_network_is_not_carried_any_more(peers: Peers) -> None:
     router.hosts[0].number("LEAVE", end.number)
     for process in ends:
         check_lost(process)
+
+
+def test_hosts_that_do_not_reach_each_other(peers: Peers) -> None:
+    """A queue pair with open requests is lost when the router gives up those that wait."""
+    router, ends = peers
+    give_up(router)
+    check_lost(ends[0])
+
+
+def give_up(router: FarRouter) -> None:
+    """The other host is gone, without a word: give up whoever waits for it."""
+    router.hosts[1].process.kill()
+    router.hosts[1].process.wait()
+    router.hosts[0].expect("DOWN", number=1)
+    router.hosts[0].number("EXPIRE", 1, 1 | QUEUE_PAIR << 16)
+
+
+def test_idle_queue_pairs_can_wait(
+    far: Path, library: Path, relay: Path, socket_path: Path, board: Path, transport: int
+) -> None:
+    """An idle queue pair is not given up."""
+    with far_router(socket_path, relay, transport) as router:
+        ends = [
+            start(far, library, socket_path, "rest", str(board), str(side)) for side in range(2)
+        ]
+        try:
+            for end in ends:
+                assert end.stdout is not None
+                assert end.stdout.readline() == "rests\n", end.communicate()
+            give_up(router)
+            assert router.hosts[0].counts()["broken"] == 0
+        finally:
+            for end in ends:
+                end.kill()
+                end.wait()
 
 
 def switches(process: int) -> int:
