@@ -20,8 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
-from itertools import chain
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from dataplane.router import peer_wire, relay_wire
 from dataplane.router.knowledge import KnownNetwork
@@ -38,7 +37,7 @@ from dataplane.router.relay_wire import RelayKind
 from dataplane.router.remote_connections import RemoteConnections, Trace, log_invalid, note_left
 from dataplane.router.remote_events import Event, On, Transport
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
-from dataplane.router.remote_matches import Match
+from dataplane.router.remote_matches import Match, RemoteUsers
 from dataplane.router.remote_requests import EntryRule, RemoteRequest, RemoteRequests, waits
 from dataplane.router.seams import ArenaMemory, SocketTable
 from dataplane.router.sessions import SessionUser
@@ -89,15 +88,9 @@ class Remotes(LentArenas, Generic[SessionsT]):
         self.queue_pairs = RemoteQueuePairs(
             pairing.verbs, loop, self.sessions, self.hosts, self.links, offers, self._begin
         )
+        self._users: tuple[RemoteUsers[Any], ...] = self.requests, self.queue_pairs
         self.connections = RemoteConnections(
-            pairing,
-            loop,
-            self.sessions,
-            tell_relay,
-            (self.requests, self.queue_pairs),
-            self.links,
-            memory,
-            trace,
+            pairing, loop, self.sessions, tell_relay, self._users, self.links, memory, trace
         )
         self.verbs = VerbsInterHost(pairing, loop, self.sessions, self.hosts, self.why_not)
         self.queue_pairs.datagrams = self.verbs.datagrams
@@ -158,15 +151,16 @@ class Remotes(LentArenas, Generic[SessionsT]):
 
     def reconsider(self, host: RemoteHost) -> None:
         """Something has changed for the requests that wait for the `EntryRule`."""
-        for match in chain(self.requests.matches(host), self.queue_pairs.matches(host)):
-            self._begin(match)
+        for users in self._users:
+            for match in users.matches(host):
+                self._begin(match)
 
     def _forget_host(self, host: RemoteHost) -> None:
         """No network is shared with it any more."""
         self._refuse_all(host, Reason.REMOTE)
         self.links.forget(host.address)
-        self.requests.forget(host)
-        self.queue_pairs.forget(host)
+        for users in self._users:
+            users.forget(host)
         self.verbs.connections.end_all(host)
         self.connections.forget(host)
         self.hosts.remove(host)
@@ -218,9 +212,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
 
     def cancel(self, request: PairRequest) -> None:
         """A request doesn't wait any more."""
-        connection = self.requests.cancel(request)
-        if connection:
-            self.connections.step_number(connection, Event(On.REQUEST_GONE))
+        self.connections.step_number(self.requests.cancel(request), Event(On.REQUEST_GONE))
 
     def connect(self, queue_pair: QueuePairRecord | FarDatagrams) -> None:
         """Take a queue pair whose peer is on another host."""
@@ -228,9 +220,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
 
     def withdraw(self, queue_pair: QueuePairRecord | FarDatagrams) -> None:
         """A queue pair doesn't wait any more."""
-        connection = self.queue_pairs.cancel(queue_pair)
-        if connection:
-            self.connections.step_number(connection, Event(On.REQUEST_GONE))
+        self.connections.step_number(self.queue_pairs.cancel(queue_pair), Event(On.REQUEST_GONE))
 
     def released(self, connection: int) -> None:
         """No process of this host has the end any more."""
@@ -355,8 +345,8 @@ class Remotes(LentArenas, Generic[SessionsT]):
         self.hosts.tell_owned(host)
         self.verbs.connections.session_up(host)
         self.connections.step_all(host, Event(On.SESSION_UP))
-        self.requests.session_up(host)
-        self.queue_pairs.session_up(host)
+        for users in self._users:
+            users.session_up(host)
         self.links.wake(peer)
         self._hello_changed()
 
@@ -367,8 +357,8 @@ class Remotes(LentArenas, Generic[SessionsT]):
             return
         host.hello = None
         host.told = None
-        self.requests.session_down(host)
-        self.queue_pairs.session_down(host)
+        for users in self._users:
+            users.session_down(host)
         self.connections.step_all(host, Event(On.SESSION_DOWN))
         self.links.session_down(peer)
         host.timer = self._loop.after(SESSION_PATIENCE, lambda: self._session_expired(host))
@@ -396,12 +386,10 @@ class Remotes(LentArenas, Generic[SessionsT]):
             case peer_wire.Waits():
                 self.requests.told_to_wait(host, message)
             case peer_wire.Leaves():
-                numbers = set(message.connections)
-                theirs = [one for one in self.connections.of(host) if one.number in numbers]
-                note_left(theirs, waits(message.reason))
+                note_left(self.connections.among(host, message.connections), waits(message.reason))
             case peer_wire.Withdraw():
-                self.requests.withdrawn(host, message.offer)
-                self.queue_pairs.withdrawn(host, message.offer)
+                for users in self._users:
+                    users.withdrawn(host, message.offer)
                 self.connections.withdrawn(host, message.offer)
             case peer_wire.Decline():
                 self.connections.declined(host, message)
@@ -434,14 +422,15 @@ class Remotes(LentArenas, Generic[SessionsT]):
         self.links.eased(peer)
         host = self.hosts.get(peer)
         if host is not None and host.hello is not None:
-            self.requests.eased(host)
-            self.queue_pairs.eased(host)
+            for users in self._users:
+                users.eased(host)
 
     def reassign(self, host: RemoteHost) -> None:
         """A host claims other addresses than before."""
         self.verbs.reassign(host)
-        for match in chain(self.requests.reassign(host), self.queue_pairs.reassign(host)):
-            self._begin(match)
+        for users in self._users:
+            for match in users.reassign(host):
+                self._begin(match)
 
     def _greeted(self, host: RemoteHost, hello: peer_wire.PeerHello) -> None:
         """Something about the peer has changed."""

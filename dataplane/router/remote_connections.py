@@ -11,7 +11,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -68,7 +68,7 @@ class RemoteConnection:
     host: RemoteHost
     leads: bool
     offer: int
-    users: RemoteUsers
+    users: RemoteUsers[Any]
     user: LocalUser
     end: SlotEnd
     arena: Arena
@@ -174,7 +174,7 @@ class RemoteConnections:
         loop: Loop,
         sessions: PeerSessions,
         tell_relay: Callable[..., None],
-        users: Sequence[RemoteUsers],
+        users: Sequence[RemoteUsers[Any]],
         links: Links,
         memory: ArenaMemory,
         trace: Trace = log_invalid,
@@ -219,6 +219,11 @@ class RemoteConnections:
     def of(self, host: RemoteHost) -> list[RemoteConnection]:
         """The connections with a host."""
         return list(self._of[host.address].connections.values())
+
+    def among(self, host: RemoteHost, numbers: Iterable[int]) -> list[RemoteConnection]:
+        """Those with a host that have one of these numbers."""
+        of_host = self._of[host.address].connections
+        return [of_host[number] for number in numbers if number in of_host]
 
     def transport(self, number: int) -> Transport:
         """The transport of the connection of a number."""
@@ -471,7 +476,7 @@ class RemoteConnections:
 
     # --- what the peer's router reports
 
-    def _offered(self, host: RemoteHost, offer: int) -> tuple[RemoteUsers, RemoteUser | None]:
+    def _offered(self, host: RemoteHost, offer: int) -> tuple[RemoteUsers[Any], RemoteUser | None]:
         """Follower: the request that was offered under a number, and where it waits."""
         for users in self._users:
             request = users.offered(host, offer)

@@ -11,25 +11,24 @@ the leader's `EntryRule` admits it.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol
 
-from dataplane.errors import WrongMessage
 from dataplane.router import peer_wire
 from dataplane.router.arenas import Arena, ConnectionEnd
 from dataplane.router.knowledge import KnownNetwork
 from dataplane.router.library_wire import Address, IPAddress
 from dataplane.router.links import Links
-from dataplane.router.loop import Loop, Timer
+from dataplane.router.loop import Loop
 from dataplane.router.pair_requests import Key, PairRequest
 from dataplane.router.pairing import Pairing
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_wire import CONNECTION
 from dataplane.router.remote_events import Transport
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
-from dataplane.router.remote_matches import OFFERS, Match
+from dataplane.router.remote_matches import Match, PeerOffer, RemoteUser, RemoteUsers
 from dataplane.router.seams import SocketTable
 
 OWNER_PATIENCE: Final = 2.0
@@ -40,38 +39,27 @@ _WAITING: Final = (Reason.FEW, Reason.SLOW, Reason.BULK, Reason.LIMIT)
 
 
 @dataclass(slots=True, eq=False)
-class RemoteRequest:
+class RemoteRequest(RemoteUser):
     """A request of this host for a connection to another host."""
 
     local: PairRequest
     network: str
     server: Address
     """The address of the peer: where a connection to a VIP leads."""
-    host: RemoteHost | None = None
-    """Has the peer. None: no host claims its address."""
-    offer: int = 0
-    """Follower: the number under which the leader knows it."""
-    connection: int = 0
-    """The connection that was begun for it; 0: none."""
-    timer: Timer | None = None
     held: Reason | None = None
     """Follower: why the leader was told not to take the offer yet."""
-    match: PeerOffer | None = None
-    """Leader: the follower's request for the same connection, as it was last considered."""
     waits: Reason | None = None
     """Why it waits, though both ends have sent requests, if that is known."""
     told: Reason | None = None
     """Leader: what the follower was told about that."""
 
     @property
-    def peer_process(self) -> int:
-        """Leader: the follower's number of the process at the other end; 0: unknown."""
-        return 0 if self.match is None else self.match.process
+    def key(self) -> Key:
+        return self.network, self.local.message.local, self.server
 
     @property
-    def key(self) -> Key:
-        """Network and addresses, this host's first."""
-        return self.network, self.local.message.local, self.server
+    def peer(self) -> tuple[str, IPAddress]:
+        return self.network, self.server.ip
 
 
 def waits(number: int) -> Reason | None:
@@ -122,40 +110,7 @@ class Open(Closed):
         return True
 
 
-class PeerOffer(NamedTuple):
-    """An offer of the other host."""
-
-    number: int
-    process: int
-    held: Reason | None
-    """Why it is not to be taken yet."""
-
-
-@dataclass(slots=True, eq=False)
-class _HostRequests:
-    """The requests of this host and of one other, for connections between the two."""
-
-    requests: dict[Key, RemoteRequest] = field(default_factory=dict)
-    """This host's."""
-    offered: dict[int, RemoteRequest] = field(default_factory=dict)
-    """Follower: this host's, by offer."""
-    offers: dict[Key, PeerOffer] = field(default_factory=dict)
-    keys: dict[int, Key] = field(default_factory=dict)
-    """Leader: the other host's, both ways. Keys have this host's address first."""
-
-    def take(self, offer: int) -> None:
-        """An offer isn't open any more."""
-        key = self.keys.pop(offer, None)
-        if key is not None and (known := self.offers.get(key)) and known.number == offer:
-            del self.offers[key]
-
-    def request_for(self, offer: int) -> RemoteRequest | None:
-        """This host's request that an offer of the other host fits."""
-        key = self.keys.get(offer)
-        return None if key is None else self.requests.get(key)
-
-
-class RemoteRequests:
+class RemoteRequests(RemoteUsers[RemoteRequest]):
     """See the module. `RemoteUsers` of connections."""
 
     kind = CONNECTION
@@ -172,23 +127,15 @@ class RemoteRequests:
         numbers: Iterator[int],
     ) -> None:
         """`numbers`: of offers."""
+        super().__init__(sessions, hosts, links, numbers)
         self._pairing = pairing
         self._loop = loop
-        self._sessions = sessions
-        self._hosts = hosts
-        self._links = links
         self._sockets = sockets
         self._rule = rule
         self.refused: Counter[int] = Counter()
         """Requests that were refused since the start, by reason."""
-        self._requests: dict[PairRequest, RemoteRequest] = {}
         self._unowned: dict[PairRequest, RemoteRequest] = {}
         """Those whose peer's address no host claims."""
-        self._of: defaultdict[IPAddress, _HostRequests] = defaultdict(_HostRequests)
-        self._numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self._requests)
 
     # --- requests of this host
 
@@ -199,7 +146,7 @@ class RemoteRequests:
             self._pairing.refuse(local, Reason.AMBIGUOUS)
             return None
         request = RemoteRequest(local, network.id, local.peer)
-        self._requests[local] = request
+        self._waiting[local] = request
         if not self._assign(request):
             self._wait_for_owner(request)
         return self.match_of(request)
@@ -235,10 +182,7 @@ class RemoteRequests:
         elif self._links.has_failed(host.address):
             self.refuse(request, Reason.NO_LINK)
         else:
-            request.host = host
-            self._of[host.address].requests[request.key] = request
-            if not self._hosts.leads(host):
-                self._offer(host, request)
+            self._attach(request, host)
         return True
 
     def _wait_for_owner(self, request: RemoteRequest) -> None:
@@ -255,18 +199,9 @@ class RemoteRequests:
         self.refused[reason] += 1
         self._pairing.refuse(request.local, reason)
 
-    def cancel(self, local: PairRequest) -> int:
-        """A request doesn't wait any more. The connection that was begun for it, or 0."""
-        request = self._requests.pop(local, None)
-        if request is None:
-            return 0
-        connection = request.connection
-        self._detach(request)
-        return connection
-
     def refuse_all(self, condition: Callable[[RemoteRequest], bool], reason: Reason) -> None:
         """Refuse requests for which no connection was begun."""
-        for request in list(self._requests.values()):
+        for request in list(self._waiting.values()):
             if not request.connection and condition(request):
                 self.refuse(request, reason)
 
@@ -274,16 +209,10 @@ class RemoteRequests:
 
     def fail(self, local: PairRequest, reason: Reason) -> None:
         """A connection comes to nothing. Its request may be gone."""
-        request = self._requests.pop(local, None)
+        request = self._waiting.pop(local, None)
         if request is not None:
             self._detach(request)
             self.refuse(request, reason)
-
-    def retry(self, local: PairRequest) -> None:
-        """A connection comes to nothing, and its request goes on waiting."""
-        request = self._requests.get(local)
-        if request is not None:
-            request.connection = request.offer = 0
 
     def why_not(self, local: PairRequest) -> Reason | None:
         """Why a request's connection gets no path; None: it may.
@@ -303,52 +232,23 @@ class RemoteRequests:
         """Take a slot. Raises KernelRefused: there is no memory for it."""
         return self._pairing.reserve(local, ring, connection)
 
-    def grant(self, local: PairRequest, arena: Arena, slot: int) -> None:
-        """A connection is granted: its request has its answer."""
-        request = self._requests.pop(local)
-        if request.host is not None:
-            # It was accepted, not withdrawn.
-            self._of[request.host.address].offered.pop(request.offer, None)
-        self._detach(request)
+    def _tell(self, local: PairRequest, arena: Arena, slot: int) -> None:
+        """Its request has its answer."""
         self._pairing.grant(local, arena, slot)
 
     def _detach(self, request: RemoteRequest) -> None:
-        """Take a request from the host to which it was assigned."""
-        self._stop_timer(request)
         self._unowned.pop(request.local, None)
-        request.connection = 0
         self._rule.forget(request)
-        host, request.host = request.host, None
-        if host is not None:
-            of_host = self._of[host.address]
-            if of_host.requests.get(request.key) is request:
-                del of_host.requests[request.key]
-            offered = of_host.offered.pop(request.offer, None) is not None
-            if offered and host.hello is not None:
-                self._sessions.send(host.address, peer_wire.Withdraw(request.offer))
-            request.offer = 0
-
-    def _stop_timer(self, request: RemoteRequest) -> None:
-        if request.timer is not None:
-            request.timer.cancel()
-            request.timer = None
+        super()._detach(request)
 
     # --- offers
 
-    def _offer(self, host: RemoteHost, request: RemoteRequest) -> None:
-        """Offer it to the leader, or later if much waits to be sent: whoever asks again and again
-        fills no session, which all containers use.
-        """
-        if self._sessions.congested(host.address):
-            return
-        request.offer = next(self._numbers)
-        self._of[host.address].offered[request.offer] = request
-        self._send_offer(host, request)
-
-    def _send_offer(self, host: RemoteHost, request: RemoteRequest) -> None:
+    def _offer_of(self, request: RemoteRequest) -> peer_wire.Offer:
+        host = request.host
+        assert host is not None
         held = request.held = request.waits = self._held(host, request)
         knows = host.hello is not None and host.hello.relay
-        message = peer_wire.Offer(
+        return peer_wire.Offer(
             request.offer,
             request.network,
             str(request.local.message.local),
@@ -356,7 +256,6 @@ class RemoteRequests:
             request.local.process & _U32 if knows else 0,
             held or Reason.NONE,
         )
-        self._sessions.send(host.address, message)
 
     def _held(self, host: RemoteHost, request: RemoteRequest) -> Reason | None:
         """Follower: why this host holds a request back."""
@@ -371,7 +270,7 @@ class RemoteRequests:
                 if request.connection or host is None or host.hello is None:
                     continue
                 if self._held(host, request) is not request.held:
-                    self._send_offer(host, request)
+                    self._sessions.send(host.address, self._offer_of(request))
 
     def told_to_wait(self, host: RemoteHost, message: peer_wire.Waits) -> None:
         """Follower: the leader says why offers wait."""
@@ -379,10 +278,6 @@ class RemoteRequests:
             request = self.offered(host, offer)
             if request is not None and request.held is None:
                 request.waits = waits(message.reason)
-
-    def offered(self, host: RemoteHost, offer: int) -> RemoteRequest | None:
-        """Follower: the request that was offered under a number."""
-        return self._of[host.address].offered.get(offer)
 
     def take_offer(
         self, host: RemoteHost, message: peer_wire.Offer, reason: Reason | None
@@ -392,36 +287,22 @@ class RemoteRequests:
         Raises:
             WrongMessage: the host is not the follower, or an address is invalid.
         """
-        if not self._hosts.leads(host):
-            raise WrongMessage("the leader sends no offers")
-        of_host = self._of[host.address]
         key = (
             message.network,
             peer_wire.end_of(message.remote),
             peer_wire.end_of(message.local),
         )
-        if of_host.keys.get(message.offer, key) != key:
-            self.withdrawn(host, message.offer)
-        is_known = message.offer in of_host.keys
         if reason is None and self._links.has_failed(host.address):
             reason = Reason.NO_LINK
-        elif reason is None and len(of_host.keys) >= OFFERS and not is_known:
-            reason = Reason.LIMIT
-        if reason is not None:
-            self._sessions.send(host.address, peer_wire.Decline(message.offer, reason))
-            return None
-        old = of_host.offers.get(key)
-        if old is not None:
-            of_host.keys.pop(old.number, None)
-        of_host.offers[key] = PeerOffer(message.offer, message.process, waits(message.waits))
-        of_host.keys[message.offer] = key
-        return self._match(host, key)
+        offer = PeerOffer(message.offer, message.process, waits(message.waits))
+        return self._take_offer(host, key, offer, reason)
 
     def withdrawn(self, host: RemoteHost, offer: int) -> None:
         """Leader: an offer isn't open any more."""
         of_host = self._of[host.address]
-        request = of_host.request_for(offer)
-        of_host.take(offer)
+        key = of_host.keys.get(offer)
+        request = None if key is None else of_host.requests.get(key)
+        super().withdrawn(host, offer)
         if request is not None:
             self._rule.forget(request)
 
@@ -433,33 +314,12 @@ class RemoteRequests:
 
     # --- matches (leader)
 
-    def match_of(self, request: RemoteRequest) -> Match | None:
-        """The match of a request, if there is one by now."""
-        return None if request.host is None else self._match(request.host, request.key)
-
-    def _match(self, host: RemoteHost, key: Key) -> Match | None:
-        """The requests of both hosts for one connection, if there are both."""
-        of_host = self._of[host.address]
-        request, offer = of_host.requests.get(key), of_host.offers.get(key)
-        if request is None or offer is None or request.connection:
-            return None
-        network, _, server = key
-        if not self._hosts.owns(host, network, server.ip):
-            return None
-        if not self._links.is_up(host.address):
-            return None
-        transport = self._links.link(host.address).transport
-        if not self._hosts.may_use(network, transport):
-            return None
-        request.match = offer
-        if transport is Transport.RELAY and not self._rule.may_enter(request):
-            return None
-        of_host.take(offer.number)
-        return Match(self, host, request, offer.number)
+    def _may_match(self, request: RemoteRequest, transport: Transport) -> bool:
+        return transport is not Transport.RELAY or self._rule.may_enter(request)
 
     def why_waiting(self, local: PairRequest) -> Reason:
         """Why a request waits."""
-        request = self._requests.get(local)
+        request = self._waiting.get(local)
         if request is None or request.host is None or request.connection:
             return Reason.PEER_SHORT
         address = request.host.address
@@ -469,13 +329,6 @@ class RemoteRequests:
         ):
             return Reason.PEER_SHORT
         return self._rule.why_waiting(request)
-
-    def matches(self, host: RemoteHost) -> Iterator[Match]:
-        """What can be matched by now: a link is up, or the host has claimed addresses."""
-        for key in list(self._of[host.address].requests):
-            match = self._match(host, key)
-            if match is not None:
-                yield match
 
     def reassign(self, host: RemoteHost) -> Iterator[Match]:
         """A host claims other addresses than before. Matches that are possible now."""
@@ -493,28 +346,8 @@ class RemoteRequests:
 
     # --- sessions
 
-    def session_up(self, host: RemoteHost) -> None:
-        """The leader of a new session knows no offers."""
-        if not self._hosts.leads(host):
-            for request in list(self._of[host.address].requests.values()):
-                self._offer(host, request)
-
-    def eased(self, host: RemoteHost) -> None:
-        """Follower: the session has room again for offers that were held back."""
-        if not self._hosts.leads(host):
-            for request in list(self._of[host.address].requests.values()):
-                if not request.offer and not request.connection:
-                    self._offer(host, request)
-
     def session_down(self, host: RemoteHost) -> None:
         """Offers end with the session; requests wait for the next."""
-        of_host = self._of[host.address]
-        for request in of_host.requests.values():
+        for request in self._of[host.address].requests.values():
             self._rule.forget(request)
-        of_host.offers.clear()
-        of_host.keys.clear()
-        of_host.offered.clear()
-
-    def forget(self, host: RemoteHost) -> None:
-        """No network is shared with the host any more."""
-        self._of.pop(host.address, None)
+        super().session_down(host)

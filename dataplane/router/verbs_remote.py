@@ -11,22 +11,20 @@ peer, its host, a session or a link. Its library decides how long that is.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
-from dataplane.errors import WrongMessage
 from dataplane.router import peer_wire
 from dataplane.router.arenas import Arena, SlotEnd
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.links import Links
-from dataplane.router.loop import Loop, Timer
+from dataplane.router.loop import Loop
 from dataplane.router.queue_pairs import FarDatagrams, QueuePairRecord
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_wire import QUEUE_PAIR
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
-from dataplane.router.remote_matches import OFFERS, Match
+from dataplane.router.remote_matches import Match, PeerOffer, RemoteUser, RemoteUsers
 from dataplane.router.verbs_pairing import VerbsPairing
 
 AGAIN: Final = 1.0
@@ -71,18 +69,12 @@ class QueuePairKey(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class RemoteQueuePair:
-    """A queue pair of this host that waits for one of another."""
+class RemoteQueuePair(RemoteUser):
+    """A queue pair of this host that waits for one of another. Its timer runs while it rests after
+    a connection that came to nothing.
+    """
 
     local: PairedRecord
-    host: RemoteHost | None = None
-    """Has the peer. None: no host claims its GID."""
-    offer: int = 0
-    """Follower: the number under which the leader knows it."""
-    connection: int = 0
-    """That was begun for it; 0: none."""
-    timer: Timer | None = None
-    """Runs while it rests after a connection that came to nothing."""
 
     @property
     def key(self) -> QueuePairKey:
@@ -98,31 +90,11 @@ class RemoteQueuePair:
         )
 
     @property
-    def peer_process(self) -> int:
-        """Unknown: queue pairs don't enter by the processes that have them."""
-        return 0
+    def peer(self) -> tuple[str, IPAddress]:
+        return self.local.network, self.local.peer_gid
 
 
-@dataclass(slots=True, eq=False)
-class _HostQueuePairs:
-    """The queue pairs of this host and of one other, for connections between the two."""
-
-    requests: dict[QueuePairKey, RemoteQueuePair] = field(default_factory=dict)
-    """This host's."""
-    offered: dict[int, RemoteQueuePair] = field(default_factory=dict)
-    """Follower: this host's, by offer."""
-    offers: dict[QueuePairKey, int] = field(default_factory=dict)
-    keys: dict[int, QueuePairKey] = field(default_factory=dict)
-    """Leader: the other host's, both ways. Keys have this host's GID first."""
-
-    def take(self, offer: int) -> None:
-        """An offer isn't open any more."""
-        key = self.keys.pop(offer, None)
-        if key is not None and self.offers.get(key) == offer:
-            del self.offers[key]
-
-
-class RemoteQueuePairs:
+class RemoteQueuePairs(RemoteUsers[RemoteQueuePair]):
     """See the module. `RemoteUsers` of queue pairs."""
 
     kind = QUEUE_PAIR
@@ -138,20 +110,12 @@ class RemoteQueuePairs:
         begin: Callable[[Match], None],
     ) -> None:
         """`numbers`: of offers. `begin` begins the connection of a match that a timer has found."""
+        super().__init__(sessions, hosts, links, numbers)
         self._verbs = verbs
         self.datagrams: QueuePairOwner | None = None
         """Has the slots for datagrams."""
         self._loop = loop
-        self._sessions = sessions
-        self._hosts = hosts
-        self._links = links
-        self._numbers = numbers
         self._begin = begin
-        self._waiting: dict[PairedRecord, RemoteQueuePair] = {}
-        self._of: defaultdict[IPAddress, _HostQueuePairs] = defaultdict(_HostQueuePairs)
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     def _owner(self, record: PairedRecord) -> QueuePairOwner:
         if isinstance(record, FarDatagrams):
@@ -165,29 +129,18 @@ class RemoteQueuePairs:
         """Let a queue pair wait, or match it at once."""
         request = self._waiting[record] = RemoteQueuePair(record)
         self._assign(request)
-        return self._match_of(request)
+        return self.match_of(request)
 
     def _assign(self, request: RemoteQueuePair) -> None:
         """Assign a queue pair to the host that owns its peer's GID, if that knows verbs."""
         record = request.local
         host = self._hosts.owner(record.network, record.peer_gid)
-        if host is None or host.hello is None or not _knows(host.hello, record):
-            return
-        request.host = host
-        self._of[host.address].requests[request.key] = request
-        if not self._hosts.leads(host):
-            self._offer(host, request)
+        if host is not None and host.hello is not None and _knows(host.hello, record):
+            self._attach(request, host)
 
-    def _offer(self, host: RemoteHost, request: RemoteQueuePair) -> None:
-        """Offer it to the leader, or later if much waits to be sent: whoever asks again and again
-        fills no session, which all containers use.
-        """
-        if self._sessions.congested(host.address):
-            return
-        request.offer = next(self._numbers)
-        self._of[host.address].offered[request.offer] = request
+    def _offer_of(self, request: RemoteQueuePair) -> peer_wire.VerbsOffer:
         key = request.key
-        message = peer_wire.VerbsOffer(
+        return peer_wire.VerbsOffer(
             request.offer,
             key.network,
             str(key.gid),
@@ -196,45 +149,8 @@ class RemoteQueuePairs:
             key.peer_qpn,
             key.type,
         )
-        self._sessions.send(host.address, message)
-
-    def cancel(self, record: PairedRecord) -> int:
-        """A queue pair doesn't wait any more. The connection that was begun for it, or 0."""
-        request = self._waiting.pop(record, None)
-        if request is None:
-            return 0
-        connection = request.connection
-        self._detach(request)
-        return connection
-
-    def _detach(self, request: RemoteQueuePair) -> None:
-        """Take a queue pair from the host to which it was assigned."""
-        self._stop_timer(request)
-        request.connection = 0
-        host, request.host = request.host, None
-        if host is not None:
-            of_host = self._of[host.address]
-            if of_host.requests.get(request.key) is request:
-                del of_host.requests[request.key]
-            self._withdraw(host, request)
-
-    def _withdraw(self, host: RemoteHost, request: RemoteQueuePair) -> None:
-        """Follower: take an open offer back."""
-        offered = self._of[host.address].offered.pop(request.offer, None) is not None
-        if offered and host.hello is not None:
-            self._sessions.send(host.address, peer_wire.Withdraw(request.offer))
-        request.offer = 0
-
-    def _stop_timer(self, request: RemoteQueuePair) -> None:
-        if request.timer is not None:
-            request.timer.cancel()
-            request.timer = None
 
     # --- queue pairs with a connection (`RemoteUsers`)
-
-    def offered(self, host: RemoteHost, offer: int) -> RemoteQueuePair | None:
-        """Follower: the queue pair that was offered under a number."""
-        return self._of[host.address].offered.get(offer)
 
     def refuse(self, request: RemoteQueuePair, reason: Reason) -> None:
         """Its peer can't be had: for ever, or for now."""
@@ -252,13 +168,7 @@ class RemoteQueuePairs:
         """Take a slot. Raises KernelRefused: there is no memory for it."""
         return self._owner(record).reserve(record, ring, connection)
 
-    def grant(self, record: PairedRecord, arena: Arena, slot: int) -> None:
-        """It has a slot."""
-        request = self._waiting.pop(record)
-        if request.host is not None:
-            # It was accepted, not withdrawn.
-            self._of[request.host.address].offered.pop(request.offer, None)
-        self._detach(request)
+    def _tell(self, record: PairedRecord, arena: Arena, slot: int) -> None:
         self._owner(record).grant_remote(record, arena, slot)
 
     def fail(self, record: PairedRecord, reason: Reason) -> None:
@@ -275,15 +185,9 @@ class RemoteQueuePairs:
     def _assign_again(self, request: RemoteQueuePair) -> None:
         request.timer = None
         self._assign(request)
-        match = self._match_of(request)
+        match = self.match_of(request)
         if match is not None:
             self._begin(match)
-
-    def retry(self, record: PairedRecord) -> None:
-        """A connection comes to nothing, and the queue pair goes on waiting."""
-        request = self._waiting.get(record)
-        if request is not None:
-            request.connection = request.offer = 0
 
     # --- offers and matches (leader)
 
@@ -293,9 +197,6 @@ class RemoteQueuePairs:
         Raises:
             WrongMessage: the host is not the follower, or a GID is invalid.
         """
-        if not self._hosts.leads(host):
-            raise WrongMessage("the leader sends no offers")
-        of_host = self._of[host.address]
         key = QueuePairKey(
             message.network,
             peer_wire.ip_of(message.peer_gid),
@@ -304,45 +205,7 @@ class RemoteQueuePairs:
             message.qpn,
             message.service,
         )
-        of_host.take(message.offer)
-        if len(of_host.keys) >= OFFERS:
-            self._sessions.send(host.address, peer_wire.Decline(message.offer, Reason.LIMIT))
-            return None
-        old = of_host.offers.get(key)
-        if old is not None:
-            of_host.take(old)
-        of_host.offers[key] = message.offer
-        of_host.keys[message.offer] = key
-        return self._match(host, key)
-
-    def withdrawn(self, host: RemoteHost, offer: int) -> None:
-        """An offer isn't open any more."""
-        self._of[host.address].take(offer)
-
-    def _match_of(self, request: RemoteQueuePair) -> Match | None:
-        return None if request.host is None else self._match(request.host, request.key)
-
-    def _match(self, host: RemoteHost, key: QueuePairKey) -> Match | None:
-        """The queue pairs of both hosts that belong together, if there are both."""
-        of_host = self._of[host.address]
-        request, offer = of_host.requests.get(key), of_host.offers.get(key)
-        if request is None or offer is None or request.connection:
-            return None
-        if not self._hosts.owns(host, key.network, key.peer_gid):
-            return None
-        if not self._links.is_up(host.address):
-            return None
-        if not self._hosts.may_use(key.network, self._links.link(host.address).transport):
-            return None
-        of_host.take(offer)
-        return Match(self, host, request, offer)
-
-    def matches(self, host: RemoteHost) -> Iterator[Match]:
-        """What can be matched by now: a link is up."""
-        for key in list(self._of[host.address].requests):
-            match = self._match(host, key)
-            if match is not None:
-                yield match
+        return self._take_offer(host, key, PeerOffer(message.offer))
 
     def reassign(self, host: RemoteHost) -> Iterator[Match]:
         """A host claims other addresses than before, or has said that it knows verbs."""
@@ -358,33 +221,11 @@ class RemoteQueuePairs:
     # --- sessions
 
     def session_up(self, host: RemoteHost) -> None:
-        """The leader of a new session knows no offers. Others may have waited for the host."""
-        if not self._hosts.leads(host):
-            for request in list(self._of[host.address].requests.values()):
-                self._offer(host, request)
+        super().session_up(host)
+        # Others may have waited for the host.
         self._assign_all()
-
-    def eased(self, host: RemoteHost) -> None:
-        """Follower: the session has room again for offers that were held back."""
-        if not self._hosts.leads(host):
-            for request in list(self._of[host.address].requests.values()):
-                if not request.offer and not request.connection:
-                    self._offer(host, request)
 
     def _assign_all(self) -> None:
         for request in list(self._waiting.values()):
             if request.host is None and request.timer is None:
                 self._assign(request)
-
-    def session_down(self, host: RemoteHost) -> None:
-        """Offers end with the session; queue pairs wait for the next."""
-        of_host = self._of[host.address]
-        of_host.offers.clear()
-        of_host.keys.clear()
-        of_host.offered.clear()
-
-    def forget(self, host: RemoteHost) -> None:
-        """No network is shared with the host any more."""
-        for request in list(self._of[host.address].requests.values()):
-            self._detach(request)
-        self._of.pop(host.address, None)
