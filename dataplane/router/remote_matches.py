@@ -314,6 +314,8 @@ class RemoteUsers(ABC, Generic[UserT]):
     def session_down(self, host: RemoteHost) -> None:
         """Offers end with the session; what was offered waits for the next."""
         of_host = self._of[host.address]
+        for request in of_host.requests.values():
+            request.offer = 0
         of_host.offers.clear()
         of_host.keys.clear()
         of_host.offered.clear()

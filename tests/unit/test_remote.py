@@ -179,6 +179,28 @@ def test_offers_wait_while_much_is_to_be_sent(world: World) -> None:
     end(world, tcp)
 
 
+def test_offers_wait_in_a_new_session(world: World) -> None:
+    """What was offered in a session that was lost, and found no room in the next one, is offered
+    when there is room.
+    """
+    leader, follower = world.hosts
+    tcp = world.connect(A, B)
+    world.request(tcp, 1)
+    world.loop.run(1)
+    world.lose(leader, follower)
+    world.crowded.add((follower.number, leader.number))
+    world.session(leader, follower)
+    world.loop.run(1)
+    world.request(tcp, 0)
+    world.loop.run(1)
+    assert not world.grant(tcp, 1)
+    world.ease(follower, leader)
+    world.loop.run(1)
+    assert world.grant(tcp, 0)
+    assert world.grant(tcp, 1)
+    end(world, tcp)
+
+
 def test_many_share_what_they_can(world: World) -> None:
     """Connections of one process share its arena, whichever host they lead to."""
     made = World(3)

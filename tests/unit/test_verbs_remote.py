@@ -507,6 +507,27 @@ def test_offers_wait_while_much_is_to_be_sent(world: World) -> None:
     end(world, one, other)
 
 
+def test_offers_wait_in_a_new_session(world: World) -> None:
+    """A queue pair that was offered in a session that was lost, and found no room in the next one,
+    is paired when there is room.
+    """
+    one, other = make(world, A), make(world, B)
+    leader, follower = world.hosts
+    other.ask(one)
+    world.loop.run(1)
+    world.lose(leader, follower)
+    world.crowded.add((follower.number, leader.number))
+    world.session(leader, follower)
+    one.ask(other)
+    world.loop.run(1)
+    assert not other.grant
+    world.ease(follower, leader)
+    world.loop.run(1)
+    assert one.grant
+    assert other.grant
+    end(world, one, other)
+
+
 def sends(world: World) -> list[peer_wire.Message]:
     """What the second host's router sends from now on."""
     sent: list[peer_wire.Message] = []
