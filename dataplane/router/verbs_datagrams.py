@@ -117,6 +117,8 @@ class NoFarSlots:
 
 
 Key = TypeVar("Key")
+Whom = int | tuple[str, IPAddress]
+"""A container: its namespace on this host; or a network and its GID there, on another one."""
 SlotName = tuple[str, tuple[int, IPAddress], tuple[int, IPAddress]]
 """A network, and both ends' process and GID; the older process comes first."""
 
@@ -147,8 +149,8 @@ class Datagrams:
         """Ends by process, until it has released them."""
         self.between: Counter[frozenset[int]] = Counter()
         """Slots by their two namespaces."""
-        self.unasked: Counter[tuple[int, int]] = Counter()
-        """Slots by a namespace, and the process that has them because of it."""
+        self.unasked: Counter[tuple[Whom, int]] = Counter()
+        """Slots by a container, and the process that has them because of it."""
         self.others: Counter[int] = Counter()
         """The same by process."""
         self.refused: Counter[Reason] = Counter()
@@ -299,8 +301,7 @@ class Datagrams:
         ends = Counter((one, other))
         return (
             self.between[frozenset((one, other))] >= BETWEEN
-            or any(self.unasked[each] >= UNASKED for each in imposed)
-            or any(self.others[process] >= OTHERS for _, process in imposed)
+            or any(self.bears_all(*each) for each in imposed)
             or not registry.outbox.has_room(asked.process)
             or registry.share_too_much(one, other)
             or any(registry.is_full(namespace, more) for namespace, more in ends.items())
@@ -309,8 +310,16 @@ class Datagrams:
     def _count(self, slot: DatagramSlot, more: int) -> None:
         add(self.between, frozenset(end.namespace for end in slot.ends), more)
         for namespace, process in slot.imposed:
-            add(self.unasked, (namespace, process), more)
-            add(self.others, process, more)
+            self.impose(namespace, process, more)
+
+    def bears_all(self, whom: Whom, process: int) -> bool:
+        """Whether a process has all the slots that it is to have because of a container."""
+        return self.unasked[whom, process] >= UNASKED or self.others[process] >= OTHERS
+
+    def impose(self, whom: Whom, process: int, more: int) -> None:
+        """A process has so many more slots because of a container."""
+        add(self.unasked, (whom, process), more)
+        add(self.others, process, more)
 
     def next_number(self) -> int:
         """The number of a new slot."""

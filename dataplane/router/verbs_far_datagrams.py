@@ -8,7 +8,6 @@ no I/O except through the interfaces that the constructor takes.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
@@ -22,7 +21,7 @@ from dataplane.router.reasons import Reason
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost
 from dataplane.router.remote_matches import reason_of
 from dataplane.router.verbs_connections import FarEnds
-from dataplane.router.verbs_datagrams import UNASKED, Datagrams
+from dataplane.router.verbs_datagrams import Datagrams
 from dataplane.router.verbs_devices import RANGE
 from dataplane.router.verbs_pairing import VerbsProcess
 from dataplane.router.verbs_wire import VerbsDatagrams, VerbsKind, VerbsQueuePair, VerbsRefuse
@@ -50,8 +49,6 @@ class FarDatagramSlots:
         """Those that wait or have a slot, and have not ended."""
         self.of_process: dict[int, dict[FarDatagrams, None]] = {}
         """The same, and those that have ended and are to be released."""
-        self.unasked: Counter[tuple[IPAddress, int]] = Counter()
-        """By the host that asked, and the process that didn't."""
         datagrams.far = self
 
     # --- what processes of this host ask
@@ -144,8 +141,8 @@ class FarDatagramSlots:
         if known is not None:
             # Its other end has gone, or the host would not ask.
             self._end(known, Reason.PEER_CLOSED)
-        if self.unasked[host.address, process] >= UNASKED or not self._registry.outbox.has_room(
-            process
+        if self._datagrams.bears_all((network.id, gid), process) or not (
+            self._registry.outbox.has_room(process)
         ):
             self._refuse_host(host, message, Reason.LIMIT)
             return
@@ -245,10 +242,7 @@ class FarDatagramSlots:
 
     def _count(self, record: FarDatagrams, more: int) -> None:
         if record.asked is None:
-            key = record.host, record.process
-            self.unasked[key] += more
-            if not self.unasked[key]:
-                del self.unasked[key]
+            self._datagrams.impose((record.network, record.peer_gid), record.process, more)
 
     def _stop_timer(self, record: FarDatagrams) -> None:
         if record.timer is not None:

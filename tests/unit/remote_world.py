@@ -454,13 +454,16 @@ class Host:
         self.pairing.use_remote(self.remotes)
         self.pairing.replace_snapshot(Knowledge(self.facts()))
         self.remotes.learned()
-        self.processes = {}
-        numbers = itertools.count(1)
-        for container in CONTAINERS:
-            process = self.processes[container] = next(numbers)
-            assert self.pairing.connected(process, self.namespace(container), 4000 + process)
-            self.pairing.hello(process, wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "ab"))
+        self.process_numbers = itertools.count(1)
+        self.processes = {container: self.connect(container) for container in CONTAINERS}
         self.open()
+
+    def connect(self, container: int) -> int:
+        """A new process of a container."""
+        process = next(self.process_numbers)
+        assert self.pairing.connected(process, self.namespace(container), 4000 + process)
+        self.pairing.hello(process, wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "ab"))
+        return process
 
     def make_sockets(self, _: Line, links: Links) -> FakeSockets:
         self.sockets = FakeSockets(self.world, self, links)
@@ -872,9 +875,7 @@ class World:
                     tcp.open[side] = False
                     del host.kernel.sockets[host.namespace(container), end[2], end[3]]
         host.pairing.gone(host.processes[container])
-        host.processes[container] = process = max(host.processes.values()) + 100
-        assert host.pairing.connected(process, host.namespace(container), process)
-        host.pairing.hello(process, wire.Hello(wire.PROTOCOL_VERSION, layout.VERSION, "ab"))
+        host.processes[container] = host.connect(container)
 
     # --- what can be seen
 

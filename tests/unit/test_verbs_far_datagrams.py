@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from dataplane.control import Limits
 from dataplane.errors import WrongMessage
-from dataplane.router import peer_wire, verbs_far_datagrams
+from dataplane.router import peer_wire, verbs_datagrams, verbs_far_datagrams
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.reasons import Reason
@@ -58,6 +58,13 @@ class FarUd(UdModel):
         made.takes()
         made.read()
         return made
+
+    @classmethod
+    def forked(cls, other: FarUd) -> FarUd:
+        """Another process of the same container."""
+        host = other.host
+        host.processes[other.container] = host.connect(other.container)
+        return cls.on(host, other.container)
 
     @property
     def address(self) -> IPAddress:
@@ -105,12 +112,13 @@ def ends(world: World) -> Ends:
 def end(world: World) -> None:
     """When all processes are gone nothing is left."""
     for host in world.hosts:
-        for process in list(host.processes.values()):
+        for process in list(host.pairing.processes):
             host.pairing.gone(process)
     world.loop.run(AGAIN)
     for host in world.hosts:
         slots, datagrams = host.remotes.verbs.datagrams, host.pairing.datagrams
-        assert not any((slots.slots, slots.of_process, slots.unasked, datagrams.of_process))
+        assert not any((slots.slots, slots.of_process, datagrams.of_process))
+        assert not any((datagrams.unasked, datagrams.others))
         assert not len(host.remotes.queue_pairs)
     empty(world)
 
@@ -332,20 +340,36 @@ def test_claims_of_a_host() -> None:
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host asks so much of one process; nothing of one that doesn't read, or of a full container.
+    """A container asks so much of one process, and all together; nothing of one that doesn't read.
     A process has so many slots.
     """
     world = started()
-    monkeypatch.setattr(verbs_far_datagrams, "UNASKED", 1)
+    monkeypatch.setattr(verbs_datagrams, "UNASKED", 1)
+    monkeypatch.setattr(verbs_datagrams, "OTHERS", 2)
     one, two = (FarUd.on(world.hosts[0], container) for container in (1, 2))
+    same, near = FarUd.forked(one), FarUd.on(world.hosts[1], 2)
     other = FarUd.on(world.hosts[1])
     one.reach(other)
     world.loop.run(1)
     one.grant(), other.grant()
+    same.reach(other)
+    world.loop.run(1)
+    assert same.read() == [refused(5, other.qpn, Reason.LIMIT)]
+    two.reach(other)
+    world.loop.run(1)
+    grant, theirs = two.grant(), other.grant()
+    near.reach(other)
+    assert near.read() == [refused(5, other.qpn, Reason.LIMIT)]
+    two.give_back(grant)
+    other.give_back(theirs)
+    world.loop.run(1)
+    near.reach(other)
+    assert near.grant().request == 5
+    other.read()
     two.reach(other)
     world.loop.run(1)
     assert two.read() == [refused(5, other.qpn, Reason.LIMIT)]
-    monkeypatch.setattr(verbs_far_datagrams, "UNASKED", 9)
+    monkeypatch.setattr(verbs_datagrams, "OTHERS", 9)
     other.host.post.busy.add(other.process)
     two.reach(other, 6)
     world.loop.run(1)
