@@ -44,6 +44,11 @@ static int find(const struct command *command, uint32_t place, struct cm_id **id
         return cm_id_find(command->file, place, id);
 }
 
+/* Read a command, and find the id that it names. */
+#define READ_ID_LEAST(command, to, least, found)                                                             \
+        (READ_LEAST(command, to, least) ? -EINVAL : find(command, (to)->id, found))
+#define READ_ID(command, to, found) READ_ID_LEAST(command, to, sizeof *(to), found)
+
 /* --- ids */
 
 static int type_of(uint32_t space, uint8_t asked, uint8_t *type)
@@ -95,9 +100,7 @@ static int destroy_id(struct command *command)
 
         if (command->out_size < sizeof destroyed)
                 return -ENOSPC;
-        if (READ(command, &wanted))
-                return -EINVAL;
-        failed = find(command, wanted.id, &id);
+        failed = READ_ID(command, &wanted, &id);
         if (failed)
                 return failed;
         destroyed.events_reported = id->events_reported;
@@ -139,9 +142,7 @@ static int bind_ip(struct command *command)
         struct cm_id *id;
         int failed;
 
-        if (READ(command, &wanted))
-                return -EINVAL;
-        failed = find(command, wanted.id, &id);
+        failed = READ_ID(command, &wanted, &id);
         if (failed)
                 return failed;
         if (!cm_address_read(&address, &wanted.addr, sizeof wanted.addr))
@@ -212,9 +213,7 @@ static int resolve_route(struct command *command)
         struct cm_id *id;
         int failed;
 
-        if (READ(command, &wanted))
-                return -EINVAL;
-        failed = find(command, wanted.id, &id);
+        failed = READ_ID(command, &wanted, &id);
         return failed ? failed : cm_resolve_route(id);
 }
 
@@ -228,9 +227,7 @@ static int query_route(struct command *command)
 
         if (command->out_size < LEAST)
                 return -ENOSPC;
-        if (READ(command, &wanted))
-                return -EINVAL;
-        failed = find(command, wanted.id, &id);
+        failed = READ_ID(command, &wanted, &id);
         if (failed)
                 return failed;
         cm_query_route(id, &found);
@@ -245,9 +242,7 @@ static int query(struct command *command)
         void *to;
         int got;
 
-        if (READ(command, &wanted))
-                return -EINVAL;
-        got = find(command, wanted.id, &id);
+        got = READ_ID(command, &wanted, &id);
         if (got)
                 return got;
         to = (void *)(uintptr_t)wanted.response;
@@ -297,9 +292,7 @@ static int listen_for(struct command *command)
         struct cm_id *id;
         int failed;
 
-        if (READ(command, &wanted))
-                return -EINVAL;
-        failed = find(command, wanted.id, &id);
+        failed = READ_ID(command, &wanted, &id);
         return failed ? failed : cm_listen(id, (int)wanted.backlog > 0 ? wanted.backlog : 0);
 }
 
@@ -321,9 +314,7 @@ static int accept_it(struct command *command)
         struct cm_id *id;
         int failed;
 
-        if (READ_LEAST(command, &wanted, offsetof(struct rdma_ucm_accept, ece)))
-                return -EINVAL;
-        failed = find(command, wanted.id, &id);
+        failed = READ_ID_LEAST(command, &wanted, offsetof(struct rdma_ucm_accept, ece), &id);
         if (failed)
                 return failed;
         failed = cm_accept(id, &wanted.conn_param);
@@ -338,9 +329,7 @@ static int reject(struct command *command)
         struct cm_id *id;
         int failed;
 
-        if (READ(command, &wanted))
-                return -EINVAL;
-        failed = find(command, wanted.id, &id);
+        failed = READ_ID(command, &wanted, &id);
         return failed ? failed
                       : cm_reject(id, wanted.private_data, wanted.private_data_len,
                                   wanted.reason ? wanted.reason : CM_REJECT_BY_PROGRAM);
@@ -352,9 +341,7 @@ static int disconnect(struct command *command)
         struct cm_id *id;
         int failed;
 
-        if (READ(command, &wanted))
-                return -EINVAL;
-        failed = find(command, wanted.id, &id);
+        failed = READ_ID(command, &wanted, &id);
         return failed ? failed : cm_disconnect(id);
 }
 
@@ -364,9 +351,7 @@ static int notify(struct command *command)
         struct cm_id *id;
         int failed;
 
-        if (READ(command, &wanted))
-                return -EINVAL;
-        failed = find(command, wanted.id, &id);
+        failed = READ_ID(command, &wanted, &id);
         return failed ? failed : cm_notify(id, wanted.event);
 }
 
@@ -379,9 +364,7 @@ static int attributes(struct command *command)
 
         if (command->out_size < sizeof found)
                 return -ENOSPC;
-        if (READ(command, &wanted))
-                return -EINVAL;
-        failed = find(command, wanted.id, &id);
+        failed = READ_ID(command, &wanted, &id);
         if (!failed)
                 failed = cm_attributes(id, wanted.qp_state, &found);
         return failed ? failed : answer(command, wanted.response, &found, sizeof found);
