@@ -19,7 +19,6 @@ struct reply {
 };
 
 enum {
-        REPLIES = 4096,
         /* ms in which a peer that owes a reply says nothing, and in which it doesn't reply whatever
          * it says: bulk may be before WIRE_DROPPED, and before the reply. */
         SILENCE = 10000,
@@ -203,7 +202,7 @@ void link_expire(struct link *link, enum relay_user user, uint32_t most)
 static void forget_farewells(struct node *list)
 {
         EACH(node, list)
-                free(OF(node, struct farewell, of_link));
+                farewell_forget(OF(node, struct farewell, of_link));
 }
 
 void link_remove(struct link *link)
@@ -588,7 +587,7 @@ static void owe_reply(struct lane *lane, uint64_t number, uint64_t cookie)
         struct reply *reply;
 
         /* Without a reply the peer keeps the memory until the link goes down. */
-        if (lane->reply_count >= REPLIES || !(reply = malloc(sizeof *reply)))
+        if (lane->reply_count >= RELAY_LINK_CONNECTIONS || !(reply = malloc(sizeof *reply)))
                 return;
         *reply = (struct reply){.number = (uint32_t)number, .cookie = cookie, .next = lane->replies};
         lane->replies = reply;

@@ -5,12 +5,10 @@
 #include <errno.h>
 #include <stdlib.h>
 
-enum {
-        BUCKETS = 4096,
-        FAREWELLS = 4096, /* of one link; an honest peer's connections are no more */
-};
+enum { BUCKETS = 4096 };
 
-static struct node buckets[BUCKETS];
+/* Connections and farewells, by number. */
+static struct node buckets[BUCKETS], farewells[BUCKETS];
 struct mirrors mirrors = {
     .active = LIST(mirrors.active),
     .lazy = LIST(mirrors.lazy),
@@ -19,18 +17,20 @@ struct mirrors mirrors = {
 
 void mirrors_start(void)
 {
-        for (int i = 0; i < BUCKETS; i++)
+        for (int i = 0; i < BUCKETS; i++) {
                 list_init(&buckets[i]);
+                list_init(&farewells[i]);
+        }
 }
 
-static struct node *bucket_of(uint32_t number)
+static struct node *bucket_of(struct node *table, uint32_t number)
 {
-        return &buckets[number % BUCKETS];
+        return &table[number % BUCKETS];
 }
 
 struct mirror *mirror_find(uint32_t number)
 {
-        struct node *bucket = bucket_of(number);
+        struct node *bucket = bucket_of(buckets, number);
 
         EACH(node, bucket) {
                 struct mirror *mirror = OF(node, struct mirror, same);
@@ -255,7 +255,7 @@ struct mirror *mirror_add(const struct relay_slot *slot, struct link *link, stru
                                               slot->slot);
         if (!*error)
                 *error = m->transport->register_rings(m, place, text);
-        list_add(bucket_of(m->number), &m->same);
+        list_add(bucket_of(buckets, m->number), &m->same);
         list_add(&link->mirrors, &m->of_link);
         shared->mirrors[m->slot] = m;
         count(COUNT_CONNECTIONS, 1);
@@ -329,20 +329,22 @@ void mirrors_abandon(struct shared *shared)
         }
 }
 
-static void forget_farewell(struct link *link, struct farewell *farewell)
+void farewell_forget(struct farewell *farewell)
 {
+        list_remove(&farewell->same);
         list_remove(&farewell->of_link);
-        link->farewell_count--;
+        farewell->link->farewell_count--;
         free(farewell);
 }
 
 void mirror_confirm_farewell(struct link *link, uint32_t number, uint64_t cookie)
 {
-        EACH(node, &link->said) {
-                struct farewell *farewell = OF(node, struct farewell, of_link);
+        EACH(node, bucket_of(farewells, number)) {
+                struct farewell *farewell = OF(node, struct farewell, same);
 
-                if (farewell->block.start == number && farewell->block.end == cookie) {
-                        forget_farewell(link, farewell);
+                if (farewell->link == link && farewell->block.start == number &&
+                    farewell->block.end == cookie) {
+                        farewell_forget(farewell);
                         return;
                 }
         }
@@ -365,12 +367,15 @@ static void bid_farewell(const struct mirror *m)
         struct link *link = m->link;
         struct farewell *farewell;
 
-        if (!m->target || m->peer_gone || m->peer_dropped || link->farewell_count >= FAREWELLS)
+        if (!m->target || m->peer_gone || m->peer_dropped || link->farewell_count >= RELAY_LINK_CONNECTIONS)
                 return;
         farewell = relay_memory(sizeof *farewell, "memory for a farewell");
         farewell->block = last_block(m);
+        farewell->link = link;
         list_init(&farewell->of_link);
+        list_init(&farewell->same);
         list_add(&link->farewells, &farewell->of_link);
+        list_add(bucket_of(farewells, m->number), &farewell->same);
         link->farewell_count++;
 }
 

@@ -107,6 +107,8 @@ struct mirror {
  * Otherwise the peer's end would wait for ever. */
 struct farewell {
         struct node of_link; /* in link->farewells or link->said */
+        struct node same;    /* those whose number is in the same bucket */
+        struct link *link;
         struct wire_block block;
 };
 
@@ -134,6 +136,8 @@ void mirror_drop(struct mirror *mirror, bool broken);
 void mirrors_abandon(struct shared *shared);
 /* The peer confirms the farewell of a connection by its number and cookie. */
 void mirror_confirm_farewell(struct link *link, uint32_t number, uint64_t cookie);
+/* Frees it. */
+void farewell_forget(struct farewell *farewell);
 /* The link is down. */
 void mirror_suspend(struct mirror *mirror);
 /* The link is up, for the first time or again. */

@@ -65,6 +65,7 @@ enum {
         RELAY_WORDS = 128,   /* bytes of a place or an address */
         RELAY_FRAME = 60000, /* bytes of a frame */
         RELAY_COUNTERS = 24,
+        RELAY_LINK_CONNECTIONS = 16384, /* of a link; routers make no more */
 };
 
 enum relay_kind {

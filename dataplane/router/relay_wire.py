@@ -23,6 +23,8 @@ MAX_TEXT: Final = 96
 MAX_WORDS: Final = 128
 """Bytes of a memory location or a link address."""
 MAX_FRAME: Final = 60_000
+LINK_CONNECTIONS: Final = 16384
+"""Of one link."""
 VERBS: Final = 1
 LOOPBACK: Final = 2
 TCP: Final = 3

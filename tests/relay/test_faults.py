@@ -7,21 +7,27 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dataplane.router.layout import REMOTE_RING_LEAST, SLOTS
 from testbed.patience import patience, within
 from testbed.relays import (
     BROKEN,
     FRAME,
     KINDS,
     WHOLE,
+    End,
     Relay,
     connect,
     drop,
+    give_arena,
     link,
+    pair,
     parse,
+    place,
     relays,
     result,
 )
@@ -161,6 +167,39 @@ def test_a_connection_that_is_dropped_while_the_link_is_down(binary: Path) -> No
         cut(a, b)
         link(a, b)
         connect(a, b)
+        assert b.silent("ENDED")
+
+
+def thousands(a: Relay, b: Relay, count: int) -> list[tuple[End, End]]:
+    """So many connections between a few processes."""
+    made: list[tuple[End, End]] = []
+    while len(made) < count:
+        arenas = give_arena(a, REMOTE_RING_LEAST), give_arena(b, REMOTE_RING_LEAST)
+        for slot in range(SLOTS):
+            one, two = (replace(arena, slot=slot) for arena in arenas)
+            for end in (one, two):
+                assert not place(end).error
+            for end, peer in ((two, one), (one, two)):
+                assert not pair(end, peer).error
+            made.append((one, two))
+    return made
+
+
+def test_thousands_that_are_dropped_while_the_link_is_down(binary: Path) -> None:
+    """The peer hears of each of them when the link is up again."""
+    with relays(binary) as (a, b):
+        link(a, b)
+        made = thousands(a, b, 4200)
+        cut(a, b)
+        for one, _ in made:
+            a.number("DROP", one.number, BROKEN)
+            a.expect("DROPPED", number=one.number)
+        link(a, b)
+        for _, two in made:
+            assert b.expect("ENDED", number=two.number).state == BROKEN
+        # All were confirmed.
+        cut(a, b)
+        link(a, b)
         assert b.silent("ENDED")
 
 
