@@ -42,7 +42,7 @@ def rdma_facts(
             for address, reason in sorted(remotes.sessions.reasons().items(), key=str)
         ),
         connections=_live(remotes, Transport.RDMA),
-        memory=remotes.connections.registered,
+        memory=remotes.connections.room.registered,
         granted=counts.granted,
         broken=counts.broken,
         left=counts.left,

@@ -45,12 +45,11 @@ from dataplane.router.remote_matches import (
     RemoteUsers,
     reason_of,
 )
+from dataplane.router.remote_room import RemoteRoom
 from dataplane.router.seams import ArenaMemory
 
 log = structlog.get_logger()
 
-CONNECTIONS: Final = 4096
-"""Of one link."""
 STEP: Final = 10.0
 """Seconds in one phase, while the relay or the peer has to answer."""
 ORPHAN_LEAST: Final = 0.05
@@ -191,8 +190,7 @@ class RemoteConnections:
         self._of: defaultdict[IPAddress, _HostConnections] = defaultdict(_HostConnections)
         self._numbers = itertools.count(1)
         self.counts = {transport: ConnectionCounts() for transport in Transport}
-        self.registered = 0
-        """Bytes of all connections' rings, which are registered with the device."""
+        self.room = RemoteRoom()
         self._actions: dict[Do, Callable[[RemoteConnection], None]] = {
             Do.MAKE_PLACE: self._make_place,
             Do.SEND_PLACE: self._send_place,
@@ -248,12 +246,10 @@ class RemoteConnections:
             ring, cost = min(host.hello.relay_ring, settings.relay_ring), 0
         if ring < layout.REMOTE_RING_LEAST or ring & (ring - 1):
             return Reason.PEER_NO_RDMA
-        of_host = self._of[host.address]
-        if (
-            len(of_host.connections) >= CONNECTIONS
-            or self.registered + cost > settings.remote_memory
-            or self._pairing.is_full(request.local.namespace)
-        ):
+        namespace = request.local.namespace
+        if not self.room.has(
+            host.address, namespace, cost, settings.remote_memory
+        ) or self._pairing.is_full(namespace):
             return Reason.LIMIT
         if (reason := users.why_not(request.local)) is not None:
             return reason
@@ -280,10 +276,11 @@ class RemoteConnections:
             request.peer_process,
         )
         request.connection = number
+        of_host = self._of[host.address]
         self._connections[number] = of_host.connections[number] = connection
         if leads:
             of_host.taken[offer] = connection
-        self.registered += connection.bytes
+        self.room.add(host.address, namespace, connection.bytes)
         self.step(connection, event)
         return None
 
@@ -444,12 +441,13 @@ class RemoteConnections:
 
     def _forget(self, connection: RemoteConnection) -> None:
         del self._connections[connection.number]
-        self.registered -= connection.bytes
-        of_host = self._of[connection.host.address]
+        host = connection.host.address
+        self.room.remove(host, connection.user.namespace, connection.bytes)
+        of_host = self._of[host]
         del of_host.connections[connection.number]
         self._pairing.release_end(connection.arena, connection.slot, 1)
         if not of_host.connections:
-            self._links.emptied(connection.host.address)
+            self._links.emptied(host)
 
     # --- what the relay reports
 

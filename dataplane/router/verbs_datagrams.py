@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 from dataplane.errors import KernelRefused
 from dataplane.router.arena_table import ArenaTable
@@ -23,6 +23,7 @@ from dataplane.router.reasons import Reason
 from dataplane.router.registry import Registry
 from dataplane.router.seams import ArenaMemory
 from dataplane.router.slot_grants import SlotGrants
+from dataplane.router.tally import add
 from dataplane.router.verbs_devices import RANGE
 from dataplane.router.verbs_pairing import VerbsProcess, opened_by
 from dataplane.router.verbs_wire import (
@@ -116,7 +117,6 @@ class NoFarSlots:
         pass
 
 
-Key = TypeVar("Key")
 Whom = int | tuple[str, IPAddress]
 """A container: its namespace on this host; or a network and its GID there, on another one."""
 SlotName = tuple[str, tuple[int, IPAddress], tuple[int, IPAddress]]
@@ -416,10 +416,3 @@ def _name(network: str, one: DatagramEnd, other: DatagramEnd) -> SlotName:
     if other.process < one.process:
         one, other = other, one
     return network, (one.process, one.gid), (other.process, other.gid)
-
-
-def add(counter: Counter[Key], key: Key, more: int) -> None:
-    """Change a counter, in which zeros are not kept."""
-    counter[key] += more
-    if not counter[key]:
-        del counter[key]

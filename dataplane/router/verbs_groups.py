@@ -15,7 +15,8 @@ from typing import Final
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.reasons import Reason
 from dataplane.router.registry import Registry
-from dataplane.router.verbs_datagrams import BETWEEN, UNASKED, Datagrams, DatagramSlot, add
+from dataplane.router.tally import add
+from dataplane.router.verbs_datagrams import BETWEEN, UNASKED, Datagrams, DatagramSlot
 from dataplane.router.verbs_pairing import VerbsProcess
 from dataplane.router.verbs_wire import VerbsDatagrams, VerbsKind
 

@@ -926,4 +926,4 @@ class World:
                     if other.number == number and other.state.peer_number == one.number:
                         expected = tcp.ends[1 - side][4]
                         assert other.end.key == expected, "two ends of two connections"
-            assert connections.registered == sum(one.bytes for one in connections)
+            assert connections.room.registered == sum(one.bytes for one in connections)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataplane.router import library_wire as wire
-from dataplane.router import peer_wire
+from dataplane.router import peer_wire, remote_room
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.link_deadlines import CHECKS, GIVE_UP
@@ -22,7 +22,6 @@ from dataplane.router.link_transport import FAILURES, LASTS, LEAST_REST, MOST_RE
 from dataplane.router.links import AGAIN, STEP
 from dataplane.router.reasons import STATUS_ONLY, Reason
 from dataplane.router.remote import OPENING, SESSION_PATIENCE
-from dataplane.router.remote_connections import CONNECTIONS
 from dataplane.router.remote_events import LEADER, Phase, Transport
 from dataplane.router.remote_hosts import RemoteHost
 from dataplane.router.remote_requests import OWNER_PATIENCE, Closed, RemoteRequest
@@ -100,7 +99,7 @@ def empty(world: World) -> None:
     """Assert that nothing is left of any connection on any host."""
     for host in world.hosts:
         assert not list(host.remotes.connections)
-        assert not host.remotes.connections.registered
+        assert not host.remotes.connections.room.registered
         assert not len(host.remotes.requests)
         assert not [arena for arena in host.pairing.arenas.values() if arena.ring]
         assert not host.memory.arenas
@@ -276,23 +275,57 @@ def test_an_address_that_two_hosts_claim() -> None:
     assert finer(world, tcp, 0) is Reason.REMOTE
 
 
-def test_limit_of_memory() -> None:
+def test_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the limit of registered memory both ends stay on TCP. Freed memory can be used
     again.
     """
+    monkeypatch.setattr(remote_room, "MEMORY_OF_CONTAINER", 1)
     cost = 2 * RING + 2 * 4096
     world = World(remote_memory=2 * cost)
     world.connect_all()
     world.loop.run(1)
     kept = [upgraded(world), upgraded(world)]
-    late = requested(world, A, B)
-    world.loop.run(1)
-    assert [finer(world, late, side) for side in (0, 1)] == [Reason.LIMIT, Reason.LIMIT]
+    limited(world)
     for side in (0, 1):
         world.close(kept[0], side)
     world.loop.run(1)
     upgraded(world)
-    assert CONNECTIONS == 4096
+
+
+def limited(world: World, client: tuple[int, int] = A, server: tuple[int, int] = B) -> None:
+    """One more connection between two containers has no room."""
+    late = requested(world, client, server)
+    world.loop.run(1)
+    assert [finer(world, late, side) for side in (0, 1)] == [Reason.LIMIT, Reason.LIMIT]
+
+
+def test_room_of_a_container(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two containers can't take a whole link: others get connections, until the link is full."""
+    monkeypatch.setattr(remote_room, "LINK_CONNECTIONS", 3)
+    monkeypatch.setattr(remote_room, "OF_CONTAINER", 2)
+    kept = [upgraded(world), upgraded(world)]
+    limited(world)
+    limited(world, A, (1, 2))
+    other = (0, 2), (1, 2)
+    kept.append(upgraded(world, *other))
+    limited(world, *other)
+    for tcp in kept:
+        for side in (0, 1):
+            world.close(tcp, side)
+    world.loop.run(1)
+    end(world, upgraded(world))
+
+
+def test_memory_of_a_container() -> None:
+    """Two containers can't register all memory: an eighth of it is left for others."""
+    world = World(remote_memory=8 * (2 * RING + 2 * 4096))
+    world.connect_all()
+    world.loop.run(1)
+    for _ in range(7):
+        upgraded(world)
+    limited(world)
+    upgraded(world, (0, 2), (1, 2))
+    limited(world, (0, 2), (1, 2))
 
 
 # --- the ends of connections
@@ -1124,7 +1157,7 @@ def test_memory_of_tcp_is_not_registered() -> None:
     """Connections over TCP don't count as memory that is registered with a device."""
     world = started(cards=(), tcp=ALL, remote_memory=0)
     upgraded(world)
-    assert not world.hosts[0].remotes.connections.registered
+    assert not world.hosts[0].remotes.connections.room.registered
 
 
 @pytest.mark.parametrize("equipment", ["relay", "both"])

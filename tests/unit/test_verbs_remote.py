@@ -716,4 +716,4 @@ def check(world: World) -> None:
                     assert mine.message.peer_qpn == theirs.message.qpn
                     assert theirs.message.peer_qpn == mine.message.qpn
         connections = host.remotes.connections
-        assert connections.registered == sum(one.bytes for one in connections)
+        assert connections.room.registered == sum(one.bytes for one in connections)
