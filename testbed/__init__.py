@@ -10,6 +10,6 @@
 
 from testbed.bed import Bed
 from testbed.host import Host
-from testbed.process import BedInUseError, CommandError, wait_until
+from testbed.process import BedInUseError, CommandError, promised, wait_until
 
-__all__ = ["Bed", "BedInUseError", "CommandError", "Host", "wait_until"]
+__all__ = ["Bed", "BedInUseError", "CommandError", "Host", "promised", "wait_until"]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-from testbed.patience import patience
+from testbed.patience import patience, within
 
 T = TypeVar("T")
 
@@ -80,4 +80,22 @@ def wait_until(what: str, condition: Callable[[], T], timeout: float = 30, pause
         # The machine may have become busy since the beginning.
         if waited > LEAST and waited > patience(timeout):
             raise TimeoutError(f"{what}: not within {waited:.0f} s; last: {last}")
+        time.sleep(pause)
+
+
+def promised(what: str, condition: Callable[[], T], seconds: float, pause: float = 0.1) -> T:
+    """As `wait_until`, for what is promised within `seconds` of a quiet machine: whatever is asked
+    later than that must be true.
+
+    Raises:
+        TimeoutError: it was not; it names `what` and the last answer.
+    """
+    begin = time.monotonic()
+    while True:
+        asked = time.monotonic() - begin
+        value = condition()
+        if value:
+            return value
+        if asked > within(seconds):
+            raise TimeoutError(f"{what}: not after {asked:.1f} s; last: {value}")
         time.sleep(pause)

@@ -7,18 +7,19 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from testbed import Bed, Host, wait_until
+from testbed import Bed, Host, promised, wait_until
 from testbed.images import WORKLOAD_IMAGE
-from testbed.patience import patience, within
+from testbed.patience import patience
 from tests.swarm.conftest import (
     NGINX,
+    address,
     make_network,
     make_service,
     run_container,
     unique,
     wait_running,
 )
-from tests.swarm.test_services import answered
+from tests.swarm.test_services import answered, served_by
 
 HEALTHY = ("--health-cmd", "curl -sf http://127.0.0.1/", "--health-interval", "1s")
 WHEN_READY = ("--health-cmd", "test -e /ready", "--health-interval", "1s", "--health-retries", "99")
@@ -73,6 +74,24 @@ def reached(host: Host, client: str, service: str, count: int = 12) -> set[str]:
     return set(found)
 
 
+def check_follows(host: Host, client: str, service: str, tasks: set[str]) -> None:
+    """Within 2 s exactly these tasks answer a client, and no request fails."""
+    promised(
+        f"{service} from {host.name}, engine {host.engine}",
+        lambda: served_by(host, client, service, 12) == tasks,
+        2,
+    )
+
+
+def check_knows(host: Host, service: str, count: int) -> None:
+    """Within 2 s a host knows of so many tasks."""
+    promised(
+        f"tasks of {service} on {host.name}",
+        lambda: len(service_status(host, service)["tasks"]) == count,
+        2,
+    )
+
+
 def wait_reached(host: Host, client: str, service: str, tasks: set[str]) -> None:
     """Wait until exactly these tasks answer a client."""
     wait_until(
@@ -114,9 +133,8 @@ def test_clients_use_the_tasks_of_their_host(bed: Bed, manager: Host) -> None:
     (starting,) = tasks_here(near, service)
     near.exec(starting, "touch", "/ready")
     wait_running(manager, service, len(bed.hosts))
-    time.sleep(within(2))
     for host, each in client_of.items():
-        assert reached(host, each, service) == {host.name}
+        check_follows(host, each, service, {host.name})
         assert "1 received" in host.exec(each, "ping", "-c1", "-W2", service)
         shown = service_status(host, service)
         assert (shown["balance"], shown["why"]) == ("local", "on this host")
@@ -125,15 +143,13 @@ def test_clients_use_the_tasks_of_their_host(bed: Bed, manager: Host) -> None:
         assert len({line.split()[0] for line in listed.splitlines()}) == len(bed.hosts)
     # It is lost.
     near.docker("kill", starting)
-    time.sleep(within(2))
-    assert reached(near, client, service) == others
+    check_follows(near, client, service, others)
     assert service_status(near, service)["why"] == "none on this host"
     # It comes back.
     for task in wait_until("the new task", lambda: tasks_here(near, service), 60):
         near.exec(task, "touch", "/ready")
     wait_running(manager, service, len(bed.hosts))
-    time.sleep(within(2))
-    assert reached(near, client, service) == {near.name}
+    check_follows(near, client, service, {near.name})
     # A replicated service that only this host has.
     for host in (near, far):
         assert reached(host, client_of[host], two) == tasks_here(near, two)
@@ -154,12 +170,10 @@ def test_a_label_balances_one_service(bed: Bed, manager: Host) -> None:
     client = next(iter(clients))
     manager.docker("service", "update", "-d", "--label-add", LOCAL, plain)
     manager.docker("service", "update", "-d", "--label-add", "freeflow.balance=even", labelled)
-    time.sleep(within(2))
-    assert reached(manager, client, plain) == {manager.name}
-    assert reached(manager, client, labelled) == everywhere
+    check_follows(manager, client, plain, {manager.name})
+    check_follows(manager, client, labelled, everywhere)
     manager.docker("service", "update", "-d", "--label-add", SOURCE, plain)
-    time.sleep(within(2))
-    assert len(reached(manager, client, plain)) == 1
+    promised("one task", lambda: len(served_by(manager, client, plain, 12)) == 1, 2)
 
 
 def test_a_client_keeps_its_task(bed: Bed, manager: Host) -> None:
@@ -169,7 +183,8 @@ def test_a_client_keeps_its_task(bed: Bed, manager: Host) -> None:
     service = make_service(manager, network, NGINX, replicas=3)
     clients = one_client_each(bed, network)
     wait_served(clients, service)
-    time.sleep(within(2))
+    for host in bed.hosts:
+        check_knows(host, service, 3)
     own = {}
     for client, host in clients.items():
         (own[client],) = reached(host, client, service, 6)
@@ -180,15 +195,21 @@ def test_a_client_keeps_its_task(bed: Bed, manager: Host) -> None:
     bed.hosts[1].docker("plugin", "enable", "freeflow:latest")
     wait_until("the status", lambda: bed.hosts[1].status()["networks"], 30)
     wait_running(manager, service, 6)
-    time.sleep(within(3))
     for client, host in clients.items():
+        check_knows(host, service, 6)
         assert reached(host, client, service, 6) == {own[client]}
     # The task of some client leaves.
     host, victim = next(
         (host, task) for host in bed.hosts for task in tasks_here(host, service) & {*own.values()}
     )
+    lost = address(host, victim, network)
     host.docker("kill", victim)
-    time.sleep(within(2))
+    for host in bed.hosts:
+        promised(
+            f"a lost task on {host.name}",
+            lambda h=host: lost not in service_status(h, service)["tasks"],  # type: ignore[misc]
+            2,
+        )
     for client, host in clients.items():
         found = reached(host, client, service, 6)
         assert len(found) == 1
@@ -222,7 +243,8 @@ def test_a_rolling_update_under_load_fails_no_request(bed: Bed, manager: Host) -
     for service, count in services.items():
         wait_until(f"the update of {service}", lambda s=service: _updated(manager, s), 120, 0.5)  # type: ignore[misc]
         wait_running(manager, service, count)
-    time.sleep(within(3))
+    # The load goes on for a while.
+    time.sleep(3)
     for client, host in clients.items():
         host.exec(client, "touch", "/over")
     results = [load.communicate(timeout=patience(30))[0].split() for load in loads]

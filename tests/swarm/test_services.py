@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from testbed import Bed, Host, wait_until
+from testbed import Bed, Host, promised, wait_until
 from testbed.patience import within
 from tests.swarm.conftest import (
     NGINX,
@@ -22,6 +22,12 @@ from tests.swarm.conftest import (
 def answered(host: Host, client: str, service: str, count: int) -> Counter[str]:
     script = f"for i in $(seq {count}); do curl -s -m 5 http://{service}/ || echo failed; done"
     return Counter(host.exec(client, "sh", "-c", script).split())
+
+
+def served_by(host: Host, client: str, service: str, count: int) -> set[str]:
+    """Which tasks answer a client; empty if a request fails."""
+    found = answered(host, client, service, count)
+    return set() if found["failed"] else set(found)
 
 
 def test_a_vip_reaches_every_task_of_all_hosts_evenly(bed: Bed, manager: Host) -> None:
@@ -45,8 +51,8 @@ def test_a_client_that_starts_reaches_a_vip_at_once(bed: Bed, manager: Host) -> 
     for host in bed.hosts:
         # With the first container the network comes to the host, and gossip needs a moment then, on
         # overlay too.
-        run_container(host, network)
-        time.sleep(within(2))
+        first = run_container(host, network)
+        promised("the VIP", lambda h=host, c=first: not answered(h, c, service, 1)["failed"], 2)  # type: ignore[misc]
         text = host.docker(
             *("run", "--rm", "--network", network, "workload:latest"),
             *(
@@ -153,14 +159,10 @@ def test_scaling_is_followed_within_two_seconds(bed: Bed, manager: Host) -> None
     wait_until("the VIP", lambda: answered(manager, client, service, 1)["failed"] == 0)
     manager.docker("service", "scale", "-d", f"{service}=4")
     wait_running(manager, service, 4)
-    time.sleep(within(2))
-    assert len(answered(manager, client, service, 16)) == 4
+    promised("four tasks", lambda: len(served_by(manager, client, service, 16)) == 4, 2)
     manager.docker("service", "scale", "-d", f"{service}=1")
     wait_running(manager, service, 1)
-    time.sleep(within(2))
-    answers = answered(manager, client, service, 16)
-    assert len(answers) == 1
-    assert answers["failed"] == 0
+    promised("one task", lambda: len(served_by(manager, client, service, 16)) == 1, 2)
 
 
 def test_a_killed_task_leaves_the_vip_within_two_seconds(bed: Bed, manager: Host) -> None:
@@ -175,10 +177,7 @@ def test_a_killed_task_leaves_the_vip_within_two_seconds(bed: Bed, manager: Host
         if (running := host.docker("ps", "-q", "-f", f"name={service}").split())
     )
     host.docker("kill", victim)
-    time.sleep(within(2))
-    answers = answered(bed.hosts[1], client, service, 12)
-    assert answers["failed"] == 0
-    assert len(answers) == 2
+    promised("two tasks", lambda: len(served_by(bed.hosts[1], client, service, 12)) == 2, 2)
 
 
 def test_a_service_without_tasks_refuses(bed: Bed, manager: Host) -> None:

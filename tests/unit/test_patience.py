@@ -61,6 +61,18 @@ def test_a_condition_that_becomes_true_late(monkeypatch: pytest.MonkeyPatch) -> 
         process.wait_until("it", lambda: False, 100, 0)
 
 
+def test_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A promise holds as soon as it is true, and is broken by the first answer after its time."""
+    now = iter(range(10_000))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(process, "within", lambda seconds: 2 * seconds)
+    answers = iter([False, False, False, True])
+    assert process.promised("it", lambda: next(answers), 2, 0)
+    answers = iter([False, False, False, False, False, True])
+    with pytest.raises(TimeoutError, match=r"it: not after 5\.0 s; last: False"):
+        process.promised("it", lambda: next(answers), 2, 0)
+
+
 def test_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is slow without any load is seen by what work takes."""
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
