@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from testbed import Bed, Host, wait_until
+from testbed.bed import in_parallel
 from testbed.images import WORKLOAD_IMAGE
 from testbed.process import CommandError
 
@@ -102,15 +103,8 @@ def remove_everything(bed: Bed) -> None:
     services = manager.docker("service", "ls", "-q").split()
     if services:
         manager.docker("service", "rm", *services)
-    for host in bed.hosts:
-        wait_until(
-            f"tasks of {host.name} to end",
-            lambda h=host: (
-                not h.docker("ps", "-q", "--filter", "label=com.docker.swarm.task.id").split()
-            ),  # type: ignore[misc]
-            60,
-        )
-        remove_containers(host)
+    # Tasks, too: many programs ignore SIGTERM as process 1, and would have ten seconds.
+    in_parallel([lambda h=host: remove_containers(h) for host in bed.hosts])  # type: ignore[misc]
 
     def networks() -> list[str]:
         listed = manager.docker("network", "ls", "--format", "{{.ID}} {{.Driver}} {{.Name}}")
