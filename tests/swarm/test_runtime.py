@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 
 from testbed import Bed, Host, wait_until
+from testbed.bed import in_parallel
 from testbed.images import WORKLOAD_IMAGE
 from testbed.process import CommandError
 from tests.swarm.conftest import (
+    address,
     make_network,
     plugin_answers,
     remove_containers,
@@ -27,25 +30,47 @@ services:
     image: {image}
     command: redis-server --bind 0.0.0.0 --protected-mode no --save ""
     networks: [backend]
-    deploy: &place
-      placement:
-        constraints: [node.hostname == {host}]
+    deploy: &everywhere
+      mode: global
+  web:
+    image: {image}
+    command: nginx -g "daemon off;"
+    networks: [backend]
+    deploy: *everywhere
+  db:
+    image: {image}
+    user: postgres
+    command:
+      - sh
+      - -c
+      - |
+        PATH=$$PATH:$$(echo /usr/lib/postgresql/*/bin)
+        initdb -A trust -D /tmp/db >/dev/null && echo "host all all all trust" >>/tmp/db/pg_hba.conf
+        exec postgres -D /tmp/db -c listen_addresses=0.0.0.0 -c unix_socket_directories=/tmp
+    networks: [backend]
+    deploy: *everywhere
   clients:
     image: {image}
     command: ["sleep", "1000000"]
     networks: [backend]
-    deploy: *place
+    deploy: *everywhere
   without:
     image: {image}
     command: ["sleep", "1000000"]
     networks: [backend]
     labels: {{freeflow.accelerate: "off"}}
-    deploy: *place
+    deploy: *everywhere
 networks:
   backend:
     driver: freeflow:latest
     attachable: true
 """
+LOADS = {
+    "cache": (6379, "redis-benchmark -h {0} -t get -n 100000000 -c 2 -q"),
+    "web": (80, "ab -k -q -c 2 -n 100000000 http://{0}/index.nginx-debian.html"),
+    "db": (5432, "export PGUSER=postgres; pgbench -h {0} -i -q && pgbench -h {0} -c 2 -T 1000"),
+}
+"""By service: its port, and a load program with two connections that ends after the test."""
 LIBRARY = "/run/freeflow/libfreeflow.so"
 
 
@@ -73,38 +98,50 @@ def task(host: Host, service: str) -> str:
     return str(wait_until(service, lambda: host.docker("ps", "-q", "--filter", wanted).strip(), 60))
 
 
-def shm_connections(host: Host) -> int:
+def shm_connections(host: Host, service: str, port: int) -> int:
+    """The connections in shared memory from a service's containers to a port."""
     listed = json.loads(host.freeflow("connections", "--json"))["connections"]
-    return sum(item["path"] == "shm" and item["remote"].endswith(":6379") for item in listed)
+    return sum(
+        item["path"] == "shm"
+        and item["container"].startswith(f"{service}.")
+        and item["remote"].endswith(f":{port}")
+        for item in listed
+    )
+
+
+def check_stack(host: Host, stack: str) -> None:
+    """Each service of this host has its connections from this host's client in shared memory."""
+    box = task(host, f"{stack}_clients")
+    assert variable(host, box) == LIBRARY
+    assert variable(host, task(host, f"{stack}_without")) == ""
+    for service, (port, load) in LOADS.items():
+        to = address(host, task(host, f"{stack}_{service}"), f"{stack}_backend")
+        listens = f"nc -z {to} {port} && echo yes"
+        wait_until(service, partial(host.exec, box, "sh", "-c", listens, check=False), 60)
+        # By docker exec: its programs have the library, too.
+        spawned = host.spawn("docker", "exec", box, "sh", "-c", load.format(to))
+        try:
+            on_shm = partial(shm_connections, host, f"{stack}_clients", port)
+            wait_until(f"{service} on shm", lambda on_shm=on_shm: on_shm() >= 2, 60)  # type: ignore[misc]
+        finally:
+            host.exec(box, "pkill", "-f", to, check=False)
+            spawned.kill()
+            spawned.wait()
+    assert "added by the runtime" in host.freeflow("doctor", box, check=False)
 
 
 @pytest.mark.usefixtures("default")
 def test_an_unchanged_stack_is_accelerated(bed: Bed, manager: Host) -> None:
-    """Installing the runtime is all that a stack on a FreeFlow network needs; a service that opts
-    out doesn't get the library.
+    """Installing the runtime is all that a stack of redis, nginx and PostgreSQL on a FreeFlow
+    network needs, on each engine; a service that opts out doesn't get the library.
     """
     name = unique("stack")
-    text = STACK.format(host=manager.name, image=WORKLOAD_IMAGE)
+    text = STACK.format(image=WORKLOAD_IMAGE)
     manager.run("sh", "-c", f"cat >/root/{name}.yml", stdin=text)
     manager.docker("stack", "deploy", "-c", f"/root/{name}.yml", name)
     try:
-        box = task(manager, f"{name}_clients")
-        assert variable(manager, box) == LIBRARY
-        assert variable(manager, task(manager, f"{name}_without")) == ""
-        ping = ("redis-cli", "-h", "cache", "ping")
-        wait_until("redis", lambda: "PONG" in manager.exec(box, *ping, check=False), 60)
-        # By docker exec: its programs have the library, too.
-        load = manager.spawn(
-            *("docker", "exec", box, "redis-benchmark", "-h", "cache", "-t", "get"),
-            *("-n", "100000000", "-c", "2", "-q"),
-        )
-        try:
-            wait_until("connections on shm", lambda: shm_connections(manager) >= 2, 30)
-        finally:
-            load.kill()
-            load.wait()
-        said = manager.freeflow("doctor", box, check=False)
-        assert "added by the runtime" in said
+        for host in bed.hosts[:3]:
+            check_stack(host, name)
     finally:
         manager.docker("stack", "rm", name)
 
@@ -161,60 +198,70 @@ def engine_file(host: Host, value: dict[str, Any]) -> Iterator[None]:
         wait_until("the plugin", lambda: plugin_answers(host), 60)
 
 
-def test_checkpoint_is_refused_by_name(bed: Bed) -> None:
-    """On each engine a container with the library can't be checkpointed, says why, and runs on;
-    one without it is left to runc.
-    """
-    for host in bed.hosts[:3]:
-        network = make_network(bed.hosts[0], "--attachable")
-        # Only experimental engines have the command.
-        with engine_file(host, {"experimental": True}):
-            host.freeflow("runtime", "install", "--default")
-            box = run_container(host, network)
-            with pytest.raises(CommandError) as raised:
-                host.docker("checkpoint", "create", box, "one")
-            assert "can't be checkpointed" in str(raised.value), host.engine
-            assert "freeflow.accelerate=off" in str(raised.value), host.engine
-            assert variable(host, box) == LIBRARY, host.engine
-            other = run_container(host, network, "--label", "freeflow.accelerate=off")
-            with pytest.raises(CommandError) as raised:
-                host.docker("checkpoint", "create", other, "one")
-            # runc's own answer: the engines have no CRIU.
-            assert "criu" in str(raised.value), host.engine
-            assert "can't be checkpointed" not in str(raised.value), host.engine
-
-
 MINE = """\
 #!/bin/sh
 echo "$@" >>/run/mine.log
 exec runc "$@"
 """
+"""A runtime of the user's own."""
+SETTINGS = {
+    # Only experimental engines have docker checkpoint.
+    "experimental": True,
+    "runtimes": {"mine": {"path": "/usr/local/bin/mine"}},
+    "default-runtime": "mine",
+}
 
 
-def test_a_runtime_of_the_users(manager: Host) -> None:
-    """A default runtime of the user's own is the one that is called, also by docker exec, and is
-    the default again after uninstalling.
+def check_own_runtime(host: Host, network: str) -> None:
+    """The user's default runtime is the one that is called, also by docker exec."""
+    host.run("sh", "-c", ": >/run/mine.log")
+    box = run_container(host, network)
+    assert variable(host, box) == LIBRARY, host.engine
+    identifier = host.docker("inspect", "-f", "{{.Id}}", box).strip()
+    calls = [
+        line.split() for line in host.run("cat", "/run/mine.log").splitlines() if identifier in line
+    ]
+    assert {"create", "exec"} <= {word for line in calls for word in line}, host.engine
+
+
+def check_checkpoint(host: Host, network: str) -> None:
+    """A container with the library can't be checkpointed, says why, and runs on; one without it is
+    left to the runtime.
     """
-    manager.run("sh", "-c", "cat >/usr/local/bin/mine; chmod 755 /usr/local/bin/mine", stdin=MINE)
-    own = {"runtimes": {"mine": {"path": "/usr/local/bin/mine"}}, "default-runtime": "mine"}
-    with engine_file(manager, own):
-        manager.freeflow("runtime", "install", "--default")
-        network = make_network(manager, "--attachable")
-        manager.run("sh", "-c", ": >/run/mine.log")
-        box = run_container(manager, network)
-        assert variable(manager, box) == LIBRARY
-        identifier = manager.docker("inspect", "-f", "{{.Id}}", box).strip()
-        calls = [
-            line.split()
-            for line in manager.run("cat", "/run/mine.log").splitlines()
-            if identifier in line
-        ]
-        assert {"create", "exec"} <= {word for line in calls for word in line}
-        remove_containers(manager)
-        manager.freeflow("runtime", "uninstall")
-        value = json.loads(manager.run("cat", "/etc/docker/daemon.json"))
-        assert value == own
-        assert manager.docker("info", "-f", "{{.DefaultRuntime}}").strip() == "mine"
+    box = run_container(host, network)
+    with pytest.raises(CommandError) as raised:
+        host.docker("checkpoint", "create", box, "one")
+    assert "can't be checkpointed" in str(raised.value), host.engine
+    assert "freeflow.accelerate=off" in str(raised.value), host.engine
+    assert variable(host, box) == LIBRARY, host.engine
+    other = run_container(host, network, "--label", "freeflow.accelerate=off")
+    with pytest.raises(CommandError) as raised:
+        host.docker("checkpoint", "create", other, "one")
+    # runc's own answer: the engines have no CRIU.
+    assert "criu" in str(raised.value), host.engine
+    assert "can't be checkpointed" not in str(raised.value), host.engine
+
+
+def check_engine_with_settings(host: Host, network: str) -> None:
+    host.run("sh", "-c", "cat >/usr/local/bin/mine; chmod 755 /usr/local/bin/mine", stdin=MINE)
+    with engine_file(host, SETTINGS):
+        host.freeflow("runtime", "install", "--default")
+        check_own_runtime(host, network)
+        check_checkpoint(host, network)
+        remove_containers(host)
+        host.freeflow("runtime", "uninstall")
+        assert json.loads(host.run("cat", "/etc/docker/daemon.json")) == SETTINGS
+        assert host.docker("info", "-f", "{{.DefaultRuntime}}").strip() == "mine"
+
+
+def test_engines_with_settings_of_their_own(bed: Bed, manager: Host) -> None:
+    """On each engine a default runtime of the user's own is the one that is called, and is the
+    default again after uninstalling; and docker checkpoint is refused by name.
+    """
+    network = make_network(manager, "--attachable")
+    # Of each group one is a manager, so they keep their majority.
+    for hosts in bed.hosts[1:4:2], bed.hosts[2:3]:
+        in_parallel([lambda host=host: check_engine_with_settings(host, network) for host in hosts])  # type: ignore[misc]
 
 
 def test_install_and_uninstall_restart_nothing(manager: Host) -> None:
@@ -226,6 +273,11 @@ def test_install_and_uninstall_restart_nothing(manager: Host) -> None:
     network = make_network(manager, "--attachable")
     box = run_container(manager, network)
     started = manager.docker("inspect", "-f", "{{.State.StartedAt}}", box)
+    manager.freeflow("runtime", "install")
+    named = run_container(manager, network, "--runtime", "freeflow")
+    assert variable(manager, named) == LIBRARY
+    assert variable(manager, run_container(manager, network)) == ""
+    manager.docker("rm", "-f", named)
     manager.freeflow("runtime", "install", "--default")
     with_it = run_container(manager, network)
     assert variable(manager, with_it) == LIBRARY
