@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from testbed import Bed, Host, wait_until
-from testbed.bed import in_parallel
 from testbed.images import WORKLOAD_IMAGE
 from testbed.process import CommandError
 from tests.swarm.conftest import (
@@ -198,70 +197,60 @@ def engine_file(host: Host, value: dict[str, Any]) -> Iterator[None]:
         wait_until("the plugin", lambda: plugin_answers(host), 60)
 
 
+def test_checkpoint_is_refused_by_name(bed: Bed) -> None:
+    """On each engine a container with the library can't be checkpointed, says why, and runs on;
+    one without it is left to runc.
+    """
+    for host in bed.hosts[:3]:
+        network = make_network(bed.hosts[0], "--attachable")
+        # Only experimental engines have the command.
+        with engine_file(host, {"experimental": True}):
+            host.freeflow("runtime", "install", "--default")
+            box = run_container(host, network)
+            with pytest.raises(CommandError) as raised:
+                host.docker("checkpoint", "create", box, "one")
+            assert "can't be checkpointed" in str(raised.value), host.engine
+            assert "freeflow.accelerate=off" in str(raised.value), host.engine
+            assert variable(host, box) == LIBRARY, host.engine
+            other = run_container(host, network, "--label", "freeflow.accelerate=off")
+            with pytest.raises(CommandError) as raised:
+                host.docker("checkpoint", "create", other, "one")
+            # runc's own answer: the engines have no CRIU.
+            assert "criu" in str(raised.value), host.engine
+            assert "can't be checkpointed" not in str(raised.value), host.engine
+
+
 MINE = """\
 #!/bin/sh
 echo "$@" >>/run/mine.log
 exec runc "$@"
 """
-"""A runtime of the user's own."""
-SETTINGS = {
-    # Only experimental engines have docker checkpoint.
-    "experimental": True,
-    "runtimes": {"mine": {"path": "/usr/local/bin/mine"}},
-    "default-runtime": "mine",
-}
 
 
-def check_own_runtime(host: Host, network: str) -> None:
-    """The user's default runtime is the one that is called, also by docker exec."""
-    host.run("sh", "-c", ": >/run/mine.log")
-    box = run_container(host, network)
-    assert variable(host, box) == LIBRARY, host.engine
-    identifier = host.docker("inspect", "-f", "{{.Id}}", box).strip()
-    calls = [
-        line.split() for line in host.run("cat", "/run/mine.log").splitlines() if identifier in line
-    ]
-    assert {"create", "exec"} <= {word for line in calls for word in line}, host.engine
-
-
-def check_checkpoint(host: Host, network: str) -> None:
-    """A container with the library can't be checkpointed, says why, and runs on; one without it is
-    left to the runtime.
+def test_a_runtime_of_the_users(manager: Host) -> None:
+    """A default runtime of the user's own is the one that is called, also by docker exec, and is
+    the default again after uninstalling.
     """
-    box = run_container(host, network)
-    with pytest.raises(CommandError) as raised:
-        host.docker("checkpoint", "create", box, "one")
-    assert "can't be checkpointed" in str(raised.value), host.engine
-    assert "freeflow.accelerate=off" in str(raised.value), host.engine
-    assert variable(host, box) == LIBRARY, host.engine
-    other = run_container(host, network, "--label", "freeflow.accelerate=off")
-    with pytest.raises(CommandError) as raised:
-        host.docker("checkpoint", "create", other, "one")
-    # runc's own answer: the engines have no CRIU.
-    assert "criu" in str(raised.value), host.engine
-    assert "can't be checkpointed" not in str(raised.value), host.engine
-
-
-def check_engine_with_settings(host: Host, network: str) -> None:
-    host.run("sh", "-c", "cat >/usr/local/bin/mine; chmod 755 /usr/local/bin/mine", stdin=MINE)
-    with engine_file(host, SETTINGS):
-        host.freeflow("runtime", "install", "--default")
-        check_own_runtime(host, network)
-        check_checkpoint(host, network)
-        remove_containers(host)
-        host.freeflow("runtime", "uninstall")
-        assert json.loads(host.run("cat", "/etc/docker/daemon.json")) == SETTINGS
-        assert host.docker("info", "-f", "{{.DefaultRuntime}}").strip() == "mine"
-
-
-def test_engines_with_settings_of_their_own(bed: Bed, manager: Host) -> None:
-    """On each engine a default runtime of the user's own is the one that is called, and is the
-    default again after uninstalling; and docker checkpoint is refused by name.
-    """
-    network = make_network(manager, "--attachable")
-    # Of each group one is a manager, so they keep their majority.
-    for hosts in bed.hosts[1:4:2], bed.hosts[2:3]:
-        in_parallel([lambda host=host: check_engine_with_settings(host, network) for host in hosts])  # type: ignore[misc]
+    manager.run("sh", "-c", "cat >/usr/local/bin/mine; chmod 755 /usr/local/bin/mine", stdin=MINE)
+    own = {"runtimes": {"mine": {"path": "/usr/local/bin/mine"}}, "default-runtime": "mine"}
+    with engine_file(manager, own):
+        manager.freeflow("runtime", "install", "--default")
+        network = make_network(manager, "--attachable")
+        manager.run("sh", "-c", ": >/run/mine.log")
+        box = run_container(manager, network)
+        assert variable(manager, box) == LIBRARY
+        identifier = manager.docker("inspect", "-f", "{{.Id}}", box).strip()
+        calls = [
+            line.split()
+            for line in manager.run("cat", "/run/mine.log").splitlines()
+            if identifier in line
+        ]
+        assert {"create", "exec"} <= {word for line in calls for word in line}
+        remove_containers(manager)
+        manager.freeflow("runtime", "uninstall")
+        value = json.loads(manager.run("cat", "/etc/docker/daemon.json"))
+        assert value == own
+        assert manager.docker("info", "-f", "{{.DefaultRuntime}}").strip() == "mine"
 
 
 def test_install_and_uninstall_restart_nothing(manager: Host) -> None:
