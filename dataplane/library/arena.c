@@ -277,7 +277,8 @@ static void reclaim_read(const struct place *place, uint64_t read)
         sys_3(SYS_madvise, view_bulk(&view), (read + PAGE - 1) / PAGE * PAGE, MADV_REMOVE);
 }
 
-static void leave_slot(const struct place *place, uint64_t incarnation, bool is_end)
+/* The router is to be told last: from then on the slot may be somebody else's. */
+static struct release leave_slot(const struct place *place, uint64_t incarnation, bool is_end)
 {
         uint32_t arena = atomic_load(&place->arena), slot = atomic_load(&place->slot) % SLOTS;
         struct arena_record *record = &family->arenas[arena % ARENAS];
@@ -300,33 +301,34 @@ static void leave_slot(const struct place *place, uint64_t incarnation, bool is_
                 atomic_store(&record->id, 0);
         }
         lock_release(&family->arenas_lock, taken);
-        /* Last: from now on the slot may be somebody else's. Of a queue pair the router is told by
-         * V_QUEUE_PAIR_END, too. */
-        router_release(id, token, slot, incarnation, is_end);
+        return release_of(id, token, slot, incarnation);
 }
 
 void arena_release(struct end *end)
 {
         uint64_t incarnation = atomic_exchange(&end->place.incarnation, 0);
+        struct release message;
 
         if (!incarnation)
                 return;
         budget_forget_sender(&end->tx);
         reclaim_read(&end->place, atomic_load(&end->rx.touched));
         budget_forget_receiver(&end->rx);
-        leave_slot(&end->place, incarnation, true);
+        message = leave_slot(&end->place, incarnation, true);
+        router_release(&message);
 }
 
-void arena_give_back(struct place *place)
+bool arena_give_back(struct place *place, struct release *message)
 {
         uint64_t incarnation = atomic_exchange(&place->incarnation, 0);
         const struct arena_record *record = &family->arenas[atomic_load(&place->arena) % ARENAS];
 
         /* A child of fork has copies of its parent's places. */
         if (!incarnation || atomic_load(&record->owner) != atomic_load(&process.pid))
-                return;
+                return false;
         reclaim_read(place, RING_SIZE);
-        leave_slot(place, incarnation, false);
+        *message = leave_slot(place, incarnation, false);
+        return true;
 }
 
 /* A child shares the arenas, but needs bells of its own: a byte in a shared bell would wake

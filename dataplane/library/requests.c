@@ -129,13 +129,16 @@ static void granted(const struct grant *grant, int memfd, int *receiving)
                                .incarnation = grant->incarnation,
                                .side = grant->side,
                                .slot = grant->slot};
+        struct release declined;
 
         if (end) {
                 reason = end_held_elsewhere(end) ? REASON_SHARED : arena_attach(end, &slot, memfd, receiving);
                 answer(end, reason);
         }
-        if (reason)
-                router_send_release(grant->arena, grant->token, grant->slot, grant->incarnation);
+        if (reason) {
+                declined = release_of(grant->arena, grant->token, grant->slot, grant->incarnation);
+                router_send_release(&declined);
+        }
 }
 
 /* The router says so. A connection that was in a ring before will be there again: what it lacks, a

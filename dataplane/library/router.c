@@ -247,7 +247,7 @@ bool router_bell(uint16_t kind, uint64_t arena, uint64_t token, uint32_t side, u
         return send_surely(&bell, sizeof bell);
 }
 
-static struct release release_of(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
+struct release release_of(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
 {
         return (struct release){.message = {.kind = RELEASE, .size = sizeof(struct release)},
                                 .slot = slot,
@@ -256,22 +256,20 @@ static struct release release_of(uint64_t arena, uint64_t token, uint32_t slot, 
                                 .token = token};
 }
 
-void router_send_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation)
+void router_send_release(const struct release *release)
 {
-        struct release release = release_of(arena, token, slot, incarnation);
-
-        router_send(&release, sizeof release, PATIENCE);
+        router_send(release, sizeof *release, PATIENCE);
 }
 
-void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation, bool wait)
+void router_release(const struct release *release)
 {
-        struct release release = release_of(arena, token, slot, incarnation);
-        int patience = wait ? PATIENCE : 0, failure, fd;
+        int patience = PATIENCE, failure, fd;
+        bool wait;
 
         do {
                 if (!router_begin())
                         return;
-                failure = router_send(&release, sizeof release, 0);
+                failure = router_send(release, sizeof *release, 0);
                 fd = router_descriptor();
                 router_end();
                 /* Without the lock: there may be no room until another thread has read what the

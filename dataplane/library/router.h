@@ -35,9 +35,13 @@ void router_note(struct end *end, uint32_t reason);
 /* BELL: request a bell of our side, which bell_received() gets. FETCH: have the router ring a bell
  * of the other side and send it, which bell_ringer_received() gets. False: it can't be sent. */
 bool router_bell(uint16_t kind, uint64_t arena, uint64_t token, uint32_t side, uint32_t bell);
-/* We are done with a slot. Under the lock, and without; `wait`: some ms for room. */
-void router_send_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation);
-void router_release(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation, bool wait);
+struct release;
+
+/* We are done with a slot. */
+struct release release_of(uint64_t arena, uint64_t token, uint32_t slot, uint64_t incarnation);
+/* Send it, waiting some ms for room: under the lock, and without. */
+void router_send_release(const struct release *release);
+void router_release(const struct release *release);
 void router_forked(void);
 void router_disconnect(void);
 

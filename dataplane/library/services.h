@@ -31,7 +31,8 @@
  *      sends(place), receives(place)    its two rings: record_send_from(), record_receive_from()
  *      bell_take(place.arena)           by the thread that waits for that arena
  *      ...
- *      release(place)                   after the last access to the rings
+ *      release(place, &message)         after the last access to the rings
+ *      send(message, epoch)
  *      send(V_QUEUE_PAIR_END, epoch)
  *
  * Whoever waits for messages of the router sleeps on router_descriptor(), and on a descriptor of
@@ -70,9 +71,9 @@ struct verbs_message {
                 struct v_memory memory;
         };
         uint32_t epoch; /* of the socket that it came by */
-        /* V_GRANT: why this process can't use the slot (enum reason), which has been given back
-         * already; 0: it can, and has to release `place` in the end, whether the queue pair is
-         * still there or not. REASON_MEMORY may have been for this moment only. */
+        /* V_GRANT: why this process can't use the slot (enum reason): RELEASE is to be sent for it;
+         * 0: it can, and has to release `place` in the end, whether the queue pair is still there
+         * or not. REASON_MEMORY may have been for this moment only. */
         uint32_t reason;
         struct place place;
         int32_t descriptor; /* an own descriptor that came with another kind, now the caller's; or -1 */
@@ -157,10 +158,12 @@ struct freeflow_services {
          * anybody's. A `broken` ring (layout.h) ends the queue pair. */
         struct view (*sends)(const struct place *place);
         struct view (*receives)(const struct place *place);
-        /* Give the slot back, and set place->incarnation to 0. Nothing is done if it is 0. Bells of
-         * an arena are returned before its last place is released, and places are released before
-         * V_QUEUE_PAIR_END says so: the router may give the slot to somebody else at once. */
-        void (*release)(struct place *place);
+        /* Leave the slot, and set place->incarnation to 0. True: `message` is to be sent, and then
+         * the router may give the slot to somebody else. False: there is nothing to be done: the
+         * incarnation was 0, or the place is that of a parent of this process. Bells of an arena
+         * are returned before its last place is released, and places are released before
+         * V_QUEUE_PAIR_END says so, which is an end of the slot as well. */
+        bool (*release)(struct place *place, struct release *message);
 
         /* --- bells: bells.h, rung.h, sleep.h --- */
 

@@ -64,7 +64,7 @@ static struct verbs_message *room_for(const struct message *message)
         return queued(queue.count++);
 }
 
-/* Take the slot for the client, or decline it. */
+/* Take the slot for the client, or say why not. */
 static void take_slot(struct verbs_message *kept, int memfd, int *receiving)
 {
         const struct v_grant *grant = &kept->grant;
@@ -76,8 +76,6 @@ static void take_slot(struct verbs_message *kept, int memfd, int *receiving)
 
         /* The router always sends one: the process may have no more descriptors. */
         kept->reason = memfd < 0 ? REASON_MEMORY : arena_take(&kept->place, &slot, memfd, receiving);
-        if (kept->reason)
-                router_send_release(slot.arena, slot.token, slot.slot, slot.incarnation);
 }
 
 void verbs_received(const void *buffer, size_t size, int *descriptors, int count)

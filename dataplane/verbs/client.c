@@ -254,11 +254,44 @@ static bool is_handled(struct verbs_message *message)
         return false;
 }
 
+bool client_send(const void *message, size_t size, uint32_t epoch)
+{
+        const struct freeflow_services *here = client_services();
+        enum outbox_outcome outcome = here ? outbox_send(here, message, size, epoch) : OUTBOX_LOST;
+
+        /* Whoever waits for messages may sleep. */
+        if (outcome == OUTBOX_KEPT)
+                arrived();
+        return outcome != OUTBOX_LOST;
+}
+
+void client_release(struct place *place)
+{
+        const struct freeflow_services *here = client_services();
+        struct release message;
+
+        if (here && here->release(place, &message))
+                client_send(&message, sizeof message, here->epoch());
+}
+
+/* The library could not take this slot. */
+static void decline(const struct verbs_message *message)
+{
+        const struct v_grant *grant = &message->grant;
+        struct release release = {.message = {.kind = RELEASE, .size = sizeof release},
+                                  .slot = grant->slot,
+                                  .arena = grant->arena,
+                                  .incarnation = grant->incarnation,
+                                  .token = grant->token};
+
+        client_send(&release, sizeof release, message->epoch);
+}
+
 /* Nobody wants what this message brings. */
 static void give_back(const struct freeflow_services *here, struct verbs_message *message)
 {
-        if (message->header.kind == V_GRANT && !message->reason)
-                here->release(&message->place);
+        if (message->header.kind == V_GRANT)
+                client_release(&message->place);
         if (message->descriptor >= 0)
                 here->close_own(message->descriptor);
 }
@@ -275,24 +308,16 @@ void client_receive(void)
         mutex_take(&receiving);
         if (fd >= 0)
                 sys_3(SYS_read, fd, &count, sizeof count);
-        while (here->receive(&message))
+        while (here->receive(&message)) {
+                if (message.header.kind == V_GRANT && message.reason)
+                        decline(&message);
                 if (message.header.kind == V_DEVICE)
                         describe(&message);
                 else if (!is_handled(&message))
                         give_back(here, &message);
+        }
         mutex_release(&receiving);
         outbox_flush(here);
-}
-
-bool client_send(const void *message, size_t size, uint32_t epoch)
-{
-        const struct freeflow_services *here = client_services();
-        enum outbox_outcome outcome = here ? outbox_send(here, message, size, epoch) : OUTBOX_LOST;
-
-        /* Whoever waits for messages may sleep. */
-        if (outcome == OUTBOX_KEPT)
-                arrived();
-        return outcome != OUTBOX_LOST;
 }
 
 bool client_keeps(void)

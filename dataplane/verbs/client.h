@@ -42,6 +42,8 @@ void client_receive(void);
  * sent like this come in their order. False: that socket is lost, or too much is kept. May be
  * called with any lock held. */
 bool client_send(const void *message, size_t size, uint32_t epoch);
+/* Give a slot back, after the last access to its rings. May be called with any lock held. */
+void client_release(struct place *place);
 /* Some are kept: whoever waits on the router's socket waits for room as well. */
 bool client_keeps(void);
 /* Readable when client_receive() has something to take that somebody else has read from the

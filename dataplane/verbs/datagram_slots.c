@@ -52,22 +52,14 @@ static void ring(struct datagram_peer *peer, struct waiters *waiters)
                 services_wake(here, waiters, &peer->place);
 }
 
-static void end(const struct freeflow_services *here, struct datagram_peer *peer, uint32_t number)
+static void end(struct datagram_peer *peer, uint32_t number)
 {
         struct place place;
 
-        if (!datagrams_end(peer, number, &place))
+        if (!client_services() || !datagrams_end(peer, number, &place))
                 return;
         agent_leave(&place);
-        here->release(&place);
-}
-
-static void end_of_rings(struct datagram_peer *peer, uint32_t number)
-{
-        const struct freeflow_services *here = client_services();
-
-        if (here)
-                end(here, peer, number);
+        client_release(&place);
 }
 
 /* May it be otherwise in a moment? */
@@ -91,7 +83,7 @@ static void granted(const struct freeflow_services *here, struct verbs_message *
                 return;
         }
         if (!port_gid(grant->gid_index, &slot.from)) {
-                here->release(&message->place);
+                client_release(&message->place);
                 return;
         }
         slot.place = &message->place;
@@ -100,14 +92,14 @@ static void granted(const struct freeflow_services *here, struct verbs_message *
         slot.bell = agent_join(&message->place);
         /* What an earlier router gave for the same queue pairs; this one does not know of it. */
         while ((before = peer_before(&slot)))
-                end(here, before, before->number);
+                end(before, before->number);
         peer = peer_up(&slot);
         if (peer) {
                 agent_serve(&message->place, AGENT_DATAGRAMS | peer->index);
                 return;
         }
         agent_leave(&message->place);
-        here->release(&message->place);
+        client_release(&message->place);
 }
 
 /* The members of a group that is sent to. */
@@ -142,12 +134,12 @@ bool datagram_slots_handle(const struct freeflow_services *here, struct verbs_me
                 group_answered(refuse->request);
         }
         if (refuse->kind == V_GRANT && (peer = peer_with(refuse->number, message->epoch)))
-                end(here, peer, refuse->number);
+                end(peer, refuse->number);
         return refuse->kind == V_DATAGRAM_PEER || refuse->kind == V_GRANT || refuse->kind == V_GROUP;
 }
 
 static const struct datagram_router router = {
-    .seek = seek, .join = join, .epoch = epoch_of_socket, .ring = ring, .end = end_of_rings};
+    .seek = seek, .join = join, .epoch = epoch_of_socket, .ring = ring, .end = end};
 
 void datagram_slots_start(void)
 {

@@ -6,7 +6,8 @@
 #include <string.h>
 
 enum {
-        ROOM = 1024 * 1024, /* bytes: for a request and the end of each queue pair that there may be */
+        /* in bytes: for a request, the slot and the end of each queue pair that there may be */
+        ROOM = 1024 * 1024,
         ALIGNMENT = 8,
 };
 

@@ -147,12 +147,11 @@ static void ask_later(struct queue_pair *queue, uint64_t patience)
                 queue_lose(queue);
 }
 
-static void give_back(const struct freeflow_services *here, struct queue_pair *queue)
+static void give_back(struct queue_pair *queue)
 {
         if (atomic_load_explicit(&queue->place.incarnation, memory_order_relaxed))
                 agent_leave(&queue->place);
-        if (here)
-                here->release(&queue->place);
+        client_release(&queue->place);
 }
 
 /* --- what they do --- */
@@ -249,7 +248,7 @@ static void refused(void *owner, void *argument)
                 ask_later(queue, 0);
         } else if (reason == REASON_PEER_CLOSED && queue_pair_down(queue)) {
                 /* The other side could not use the slot, and asks again, or it is gone. */
-                give_back(client_services(), queue);
+                give_back(queue);
                 ask_later(queue, ASK_PATIENCE);
         } else if (queue_paired(queue) == QUEUE_ASKED || reason == REASON_PEER_CLOSED) {
                 /* A router that refuses what another one has paired can't tell when the peer is
@@ -266,8 +265,7 @@ static bool handle(struct verbs_message *message)
                 return true;
         if (message->header.kind == V_GRANT) {
                 number_use(message->grant.qpn, granted, message);
-                if (here && !message->reason)
-                        here->release(&message->place);
+                client_release(&message->place);
         } else if (message->header.kind == V_REFUSE && message->refuse.kind == V_QUEUE_PAIR) {
                 number_use(message->refuse.number, refused, message);
         } else {
@@ -292,7 +290,7 @@ static void leave(struct queue_pair *queue)
                         tell_by_socket(here, queue);
                 mutex_release(&asking);
         }
-        give_back(here, queue);
+        give_back(queue);
         if (!here)
                 return;
         mutex_take(&asking);

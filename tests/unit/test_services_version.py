@@ -10,7 +10,7 @@ from typing import Final
 LIBRARY: Final = Path(__file__).parents[2] / "dataplane/library"
 AGREED: Final = ("services.h", "verbs_protocol.h", "place.h", "view.h")
 """The headers with structures that one passes to the other."""
-DIGESTS: Final = {3: "c98550eb4907ae4d"}
+DIGESTS: Final = {3: "127f40f6efd927a8"}
 """What those headers say, by SERVICES_VERSION."""
 
 

@@ -51,7 +51,7 @@ static struct {
         struct verbs_message messages[QUEUE];
         uint32_t first, count;
         int in_receive;
-        uint32_t opens, released, closed;
+        uint32_t opens, released, told, closed;
         bool here;
 } it = {.mutex = PTHREAD_MUTEX_INITIALIZER, .here = true};
 
@@ -115,6 +115,11 @@ static int send_message(const void *message, size_t size, uint32_t epoch)
         const struct v_open *open = message;
         int outcome = 0;
 
+        if (open->message.kind == RELEASE) {
+                CHECK(size == sizeof(struct release));
+                it.told++;
+                return 0;
+        }
         CHECK(open->message.kind == V_OPEN && open->message.size == size && size == sizeof *open);
         CHECK(open->version == VERBS_VERSION);
         pthread_mutex_lock(&it.mutex);
@@ -168,10 +173,18 @@ static void close_own(int fd)
         close(fd);
 }
 
-static void release(struct place *place)
+static uint32_t epoch_now(void)
 {
-        CHECK(atomic_exchange(&place->incarnation, 0));
+        return it.epoch;
+}
+
+static bool release(struct place *place, struct release *message)
+{
+        if (!atomic_exchange(&place->incarnation, 0))
+                return false;
         it.released++;
+        *message = (struct release){.message = {RELEASE, sizeof *message}};
+        return true;
 }
 
 __attribute__((visibility("default"))) struct freeflow_services freeflow_services = {
@@ -181,6 +194,7 @@ __attribute__((visibility("default"))) struct freeflow_services freeflow_service
     .is_here = is_here,
     .attach = attach,
     .reach = reach,
+    .epoch = epoch_now,
     .send = send_message,
     .receive = receive,
     .router_descriptor = no_descriptor,
@@ -231,14 +245,14 @@ static void check_messages(void)
         put_device(0, PLACES, 0);
         it.epoch++;
         CHECK(client_open(0) && port_is_active());
-        /* Nobody wants these. */
+        /* Nobody wants these. Both slots are given back. */
         put((struct verbs_message){
             .header = {.kind = V_GRANT}, .place = {.incarnation = 7}, .descriptor = -1});
         put((struct verbs_message){.header = {.kind = V_GRANT}, .reason = 1, .descriptor = -1});
         before = it.closed;
         put((struct verbs_message){.header = {.kind = V_CONNECTION}, .descriptor = dup(0)});
         client_receive();
-        CHECK(it.released == 1 && it.closed == before + 1);
+        CHECK(it.released == 1 && it.told == 2 && it.closed == before + 1);
 }
 
 static uint32_t handled;

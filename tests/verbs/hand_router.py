@@ -135,6 +135,12 @@ class HandRouter:
             for client in list(self.clients):
                 self._gone(client)
 
+    @contextlib.contextmanager
+    def reads_nothing(self) -> Iterator[None]:
+        """Meanwhile it takes no messages of processes."""
+        with self._lock:
+            yield
+
     def say(self, client: Client, message: AnyMessage, *descriptors: int) -> None:
         """Send a process a message."""
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))

@@ -254,13 +254,14 @@ static void pair_up(uint32_t peer)
 static void release(struct queue *queue)
 {
         struct v_end message = {.message = {V_QUEUE_PAIR_END, sizeof message}, .number = queue->qpn};
+        struct release released;
 
         for (uint32_t i = 0; i < arenas; i++)
                 if (heard[i].arena == queue->place.arena && !--heard[i].places && heard[i].bell >= 0)
                         services->bell_return(heard[i].arena, heard[i].bell);
-        services->release(&queue->place);
-        CHECK(!queue->place.incarnation);
-        services->release(&queue->place);
+        CHECK(services->release(&queue->place, &released) && !queue->place.incarnation);
+        services->send(&released, sizeof released, epoch);
+        CHECK(!services->release(&queue->place, &released));
         services->send(&message, sizeof message, epoch);
 }
 
@@ -471,6 +472,7 @@ static void alone(char **arguments)
 static void declined(char **arguments)
 {
         struct verbs_message message;
+        struct release release;
 
         (void)arguments;
         count = 2;
@@ -483,7 +485,13 @@ static void declined(char **arguments)
         for (uint32_t i = 0; i < 2; i++) {
                 await_message(&message);
                 CHECK(message.header.kind == V_GRANT && message.reason == REASON_CORRUPT);
-                CHECK(!message.place.incarnation);
+                CHECK(!message.place.incarnation && !services->release(&message.place, &release));
+                release = (struct release){.message = {RELEASE, sizeof release},
+                                           .slot = message.grant.slot,
+                                           .arena = message.grant.arena,
+                                           .incarnation = message.grant.incarnation,
+                                           .token = message.grant.token};
+                services->send(&release, sizeof release, epoch);
         }
 }
 
@@ -581,6 +589,7 @@ static void await_child(pid_t child)
 static void children(char **arguments)
 {
         volatile bool here = true;
+        struct release message;
         uint32_t ignored;
         pid_t child;
 
@@ -594,7 +603,7 @@ static void children(char **arguments)
                 if (!child) {
                         CHECK(way || (forks == 1 && due == 1));
                         CHECK(services->is_here() && forks == 1);
-                        services->release(&queues[0].place);
+                        CHECK(!services->release(&queues[0].place, &message));
                         CHECK(services->epoch() != epoch && services->router_descriptor() < 0);
                         CHECK(services->reach(&ignored, PATIENCE) == 0 && services->attach(&client));
                         _exit(0);

@@ -161,6 +161,25 @@ def test_slots_are_given_back(program: Path, library: Path, tmp_path: Path) -> N
         assert sorted(side for _, side, _ in made.releases) == [0, 0, 1, 1]
 
 
+def test_slots_that_are_given_back_to_a_busy_router(
+    program: Path, library: Path, tmp_path: Path
+) -> None:
+    """Slots are released also if the router's socket has had no room for that."""
+    path = tmp_path / "router.sock"
+    # A message takes more than 512 bytes of the socket's buffer.
+    count = int(Path("/proc/sys/net/core/wmem_default").read_text()) // 512 + 100
+    with (
+        hand_router(path) as made,
+        processes(program, library, path, 2) as gossips,
+    ):
+        with made.reads_nothing():
+            for _ in range(count):
+                made.give_datagrams(made.clients[0], made.clients[1])
+            # A process takes what has come before it answers.
+            check_all(gossips[:1])
+        made.await_releases(2 * (count - 1))
+
+
 def test_flood_of_slots(program: Path, library: Path, tmp_path: Path) -> None:
     """Slots that a process has not asked for, and has no use for, do it no harm."""
     path = tmp_path / "router.sock"

@@ -124,7 +124,9 @@ def test_more_than_an_arena(program: Path, router: HandRouter, tmp_path: Path) -
 
 
 def test_a_wrong_grant(program: Path, router: HandRouter, tmp_path: Path) -> None:
-    """A slot that is another one than the router says is given back, and the client told why."""
+    """A slot that is another one than the router says is not used. The client is told why, and
+    gives it back by what the router has said.
+    """
     router.spoil = True
     Running(program, tmp_path, "declined").finish()
     router.await_releases(2)
