@@ -92,6 +92,11 @@ class Router:
         assert isinstance(answer, control.Connections)
         return answer
 
+    def verbs(self) -> control.VerbsObjects:
+        answer = self._ask(control.VerbsRequest())
+        assert isinstance(answer, control.VerbsObjects)
+        return answer
+
     def paths(self) -> control.PathCounts:
         answer = self._ask(control.PathsRequest())
         assert isinstance(answer, control.PathCounts)

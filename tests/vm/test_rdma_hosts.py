@@ -1,5 +1,5 @@
-"""Connections between containers of two hosts over real verbs, with ordinary programs and every
-failure.
+"""Connections and queue pairs between containers of two hosts over real verbs, with ordinary
+programs and every failure.
 
 Whatever is lost, bytes are delivered or the connection fails as by a reset. It never ends as if
 nothing had happened. The order matters, because the last test switches a guest off. RDMA_LONG=1
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import pytest
@@ -27,6 +27,7 @@ from testbed.vm import Guest, Process
 from tests.dataplane.places import compile_c
 from tests.unit.swarm_ca import Authority
 from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, SWARM, Host, cluster
+from tests.vm.ping_pongs import FILES, PingPong, queue_pairs
 from tests.vm.streams import PORT, SETTINGS, Streams, linked, rdma
 
 ECHO: Final = "/src/tests/vm/programs/echo.py"
@@ -37,7 +38,8 @@ LONG: Final = bool(os.environ.get("RDMA_LONG"))
 
 pytestmark = [
     pytest.mark.skipif(
-        not BUILT_LIBRARY.exists() or not BUILT_RELAY.exists(), reason="missing: make library relay"
+        not (BUILT_LIBRARY.exists() and BUILT_RELAY.exists() and FILES),
+        reason="missing: make library relay verbs",
     ),
     pytest.mark.timeout(600),
 ]
@@ -52,7 +54,7 @@ def authority() -> Authority:
 def hosts(pair: list[Guest], authority: Authority) -> Iterator[list[Host]]:
     settings = msgspec.structs.replace(SETTINGS, session_key="")
     options = [f"--swarm={SWARM}"]
-    with cluster(pair, settings=settings, options=options, routers=False) as made:
+    with cluster(pair, settings=settings, options=options, files=FILES, routers=False) as made:
         made[0].certify(authority.root, authority.node("node1"))
         made[1].certify(authority.root, authority.node("node2", lasts=SHORT))
         for host in made:
@@ -62,9 +64,14 @@ def hosts(pair: list[Guest], authority: Authority) -> Iterator[list[Host]]:
 
 
 def moves_again(hosts: list[Host]) -> None:
-    """Check that new connections use RDMA, and that nothing is left of them or of others."""
+    """Check that new connections and queue pairs use RDMA, and that nothing is left of them or of
+    others.
+    """
     linked(hosts)
+    ping_pong = PingPong(hosts, 100)
     assert Streams(hosts, 5, 1).ends() == ["whole"] * 2
+    ping_pong.check()
+    wait_until("no queue pairs", lambda: not queue_pairs(hosts), 60)
     for host in hosts:
         wait_until(f"{host.guest.name}: no memory", lambda host=host: not rdma(host).memory, 60)  # type: ignore[misc]
 
@@ -105,6 +112,22 @@ def test_programs(hosts: list[Host]) -> None:
     assert (after.relay["copied"], after.broken) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    "options", [(500,), (500, "-e"), (50, "-s", "300000")], ids=["polls", "sleeps", "large"]
+)
+def test_queue_pairs(hosts: list[Host], options: tuple[Any, ...]) -> None:
+    """Messages come through with the bytes that were sent, whether the program polls or sleeps, and
+    the hosts' devices carry them.
+    """
+    before = rdma(hosts[0])
+    PingPong(hosts, *options).check()
+    time.sleep(1.5)
+    after = rdma(hosts[0])
+    assert after.granted > before.granted
+    assert after.relay["bytes_out"] - before.relay["bytes_out"] > 100_000
+    assert (after.relay["copied"], after.broken) == (0, 0)
+
+
 def test_torture(hosts: list[Host], tmp_path: Path) -> None:
     """No byte is wrong with many threads on a connection, forks, signals and kills."""
     seconds = 120 if LONG else 8
@@ -122,13 +145,15 @@ def test_torture(hosts: list[Host], tmp_path: Path) -> None:
 
 def test_cable_pulled(hosts: list[Host]) -> None:
     """After a link was down for some seconds, connections continue or are reset, none is cut short,
-    and new ones work as before.
+    queue pairs continue, and new ones work as before.
     """
-    streams = Streams(hosts, 15)
+    ping_pong, streams = PingPong(hosts), Streams(hosts, 15)
     hosts[1].guest.set_carrier(False)
     time.sleep(3)
     hosts[1].guest.set_carrier(True)
     assert set(streams.ends()) <= {"whole", "reset"}
+    ping_pong.moves()
+    ping_pong.stop()
     moves_again(hosts)
 
 
@@ -151,12 +176,13 @@ def test_device_removed(hosts: list[Host]) -> None:
 
 
 def test_relay_killed(hosts: list[Host]) -> None:
-    """When a relay is killed, its connections are reset at both ends, and the next relay carries
-    new ones.
+    """When a relay is killed, its connections are reset and its queue pairs break, at both ends,
+    and the next relay carries new ones.
     """
-    streams = Streams(hosts, 60)
+    ping_pong, streams = PingPong(hosts), Streams(hosts, 60)
     hosts[1].guest.run(["pkill", "-KILL", "-x", "freeflow-relay"])
     assert set(streams.ends(60)) == {"reset"}
+    ping_pong.fails()
     moves_again(hosts)
 
 
