@@ -37,7 +37,7 @@ _PROTO_SRC: Final = 2
 _PROTO_DST: Final = 3
 _AF_INET: Final = int(socket.AF_INET)
 _AF_INET6: Final = int(socket.AF_INET6)
-_SEEN_REPLY: Final = 2
+_ASSURED: Final = 4
 """enum ip_conntrack_status (linux/netfilter/nf_conntrack_common.h)."""
 _TCP: Final = int(socket.IPPROTO_TCP)
 
@@ -56,13 +56,14 @@ class Direction(NamedTuple):
 class TrackedConnection(NamedTuple):
     """`original`: as its first packet had it; `reply`: as answers to it do.
 
-    `answered`: an answer has come. The kernel keeps an entry only once a packet has passed all
-    hooks, so a connection whose packets are dropped has none.
+    `established`: packets have come from both sides, and the handshake is complete. The kernel
+    keeps an entry only once a packet has passed all hooks, so a connection whose first packets are
+    dropped has none. Later ones it counts before other rules see them.
     """
 
     original: Direction
     reply: Direction
-    answered: bool
+    established: bool
 
     @property
     def is_translated(self) -> bool:
@@ -133,7 +134,7 @@ def _read(entry: bytes) -> TrackedConnection:
     return TrackedConnection(
         original=_direction(parts[_TUPLE_ORIG]),
         reply=_direction(parts[_TUPLE_REPLY]),
-        answered=bool(_WORD.unpack(parts[_STATUS])[0] & _SEEN_REPLY),
+        established=bool(_WORD.unpack(parts[_STATUS])[0] & _ASSURED),
     )
 
 

@@ -407,7 +407,7 @@ class LinuxSocketTable:
             return False
         # Two containers that rules keep apart could make sockets that claim to be connected. Rules
         # for IP have let pass what connection tracking knows; others don't tell.
-        if trusted or any(entry.answered for entry in known):
+        if trusted or any(entry.established for entry in known):
             return True
         if bridge == ANY_DEVICE:
             return False

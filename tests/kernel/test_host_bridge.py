@@ -288,6 +288,27 @@ def test_a_connection_that_the_firewall_drops(host: BridgedHost) -> None:
         assert host.carries(local, remote) == (False, False)
 
 
+def test_a_connection_whose_answers_the_firewall_drops(host: BridgedHost) -> None:
+    """A rule that lets the first packet pass and drops the answers makes no connection either,
+    though the kernel keeps an entry of the packet, and has seen an answer.
+    """
+    host.nft("insert rule inet tracking forward ip saddr 10.66.0.3 drop")
+    listener = in_netns(host.containers["b"], lambda: socket.create_server(("", 80)))
+    client = in_netns(host.containers["a"], socket.socket)
+    with listener, client:
+        client.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            client.connect(("10.66.0.3", 80))
+        local = Address(ip_address("10.66.0.2"), client.getsockname()[1])
+        remote = Address(ip_address("10.66.0.3"), 80)
+        tracking = conntrack.Conntrack(host.namespace)
+        entry = tracking.find(local, remote)
+        tracking.close()
+        assert entry is not None
+        assert (entry.is_translated, entry.established) == (False, False)
+        assert host.carries(local, remote) == (False, False)
+
+
 def test_a_connection_that_is_translated(host: BridgedHost) -> None:
     """A connection that the host leads to another container isn't one with the container whose
     address the client sees.

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from dataplane.control import RouterSettings, Rule
 from dataplane.router import library_wire as wire
 from testbed.namespace_bed import BedContainer, NamespaceBed, bed
+from testbed.process import wait_until
 from tests.dataplane.library import Library, dial, listen
 
 PORT: Final = 7700
@@ -86,10 +87,9 @@ def forged_pair(made: NamespaceBed) -> list[tuple[Library, socket.socket]]:
     """Processes of a and b, each with a socket that claims to be connected with the other's."""
     a, b = made.containers["a"], made.containers["b"]
     ends = (a.ipv4, CLIENT_PORT), (b.ipv4, PORT)
-    return [
-        (process(made, "a"), forge(a, *ends)),
-        (process(made, "b"), forge(b, *reversed(ends))),
-    ]
+    # The kernel may still have half a connection from before.
+    far = wait_until("b's address to be free", lambda: forge(b, *reversed(ends)))
+    return [(process(made, "a"), forge(a, *ends)), (process(made, "b"), far)]
 
 
 def address(container: BedContainer, verb: str, ip: IPv4Address) -> None:
@@ -112,6 +112,61 @@ def test_two_containers_that_a_rule_keeps_apart(made: NamespaceBed) -> None:
         library.ask(tcp)
     for library, _ in forged:
         library.hear(wire.Grant)
+
+
+def test_rules_that_drop_the_answers(made: NamespaceBed) -> None:
+    """Nor do two containers of which the firewall lets one reach the other, without answers, and
+    whose sockets are forged after the first packet.
+    """
+    a, b, _ = made.containers.values()
+    nft(made, f"insert rule inet tracking forward ip saddr {b.ipv4} drop")
+    listener = listen(b.namespace, "0.0.0.0")
+    client = a.do(socket.socket)
+    client.settimeout(0.3)
+    client.bind((str(a.ipv4), CLIENT_PORT))
+    with pytest.raises(TimeoutError):
+        client.connect((str(b.ipv4), PORT))
+    client.close()
+    listener.close()
+    forged = forged_pair(made)
+    for library, tcp in forged:
+        library.ask(tcp)
+    for library, _ in forged:
+        refused, _ = library.hear(wire.Refuse)
+        assert not refused.passes
+
+
+def test_rules_that_nothing_tracks(made: NamespaceBed) -> None:
+    """A container that rewrites its own packets without connection tracking, as a load balancer in
+    it may, is joined neither with the container whose address its socket has, nor with the one that
+    it talks to.
+    """
+    a, b, c = made.containers.values()
+    rules = f"""
+        table ip own {{
+            chain output {{
+                type filter hook output priority -400
+                ip daddr {b.ipv4} tcp dport {PORT} notrack ip daddr set {c.ipv4}
+            }}
+            chain prerouting {{
+                type filter hook prerouting priority -400
+                ip saddr {c.ipv4} tcp sport {PORT} notrack ip saddr set {b.ipv4}
+            }}
+        }}
+    """
+    a.do(lambda: subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True))
+    listener = listen(c.namespace, "0.0.0.0")
+    client = dial(a.namespace, str(b.ipv4))
+    accepted, _ = listener.accept()
+    one, forger, server = (process(made, name) for name in "abc")
+    one.ask(client)
+    server.ask(accepted)
+    assert one.silent()
+    assert server.silent()
+    forger.ask(forge(b, (b.ipv4, PORT), (a.ipv4, client.getsockname()[1])))
+    refused, _ = one.hear(wire.Refuse)
+    assert not refused.passes
+    assert server.silent()
 
 
 def test_an_address_of_another_container(made: NamespaceBed) -> None:

@@ -270,15 +270,16 @@ def test_dockers_overlay(manager: Host) -> None:
 
 
 def test_a_container_leaves_the_network(manager: Host) -> None:
-    """A container that is disconnected loses its connections there, and its address is another's
-    when that gets it.
+    """A container that is disconnected loses its connections there, in shared memory too, and its
+    address is another's when that gets it.
     """
     with bridge(manager, *LABEL) as network:
         server, client = start_pair(manager, network)
         wait_answer(manager, client, server)
         with benchmark(manager, client, server):
             wait_shared(manager)
-        manager.docker("network", "disconnect", network, server)
+            manager.docker("network", "disconnect", network, server)
+            wait_until("TCP", lambda: ("shm", "") not in paths(manager, ":6379"), 20)
         assert not answers(manager, client, server)
         other = run_container(manager, network, *LIBRARY, command=REDIS)
         wait_answer(manager, client, other)

@@ -236,6 +236,6 @@ def test_translated_connections() -> None:
     """
     one, two, other = at("10.0.4.1:5000"), at("10.0.4.2:80"), at("10.0.4.3:80")
     there, back = Direction(one, two), Direction(two, one)
-    assert not TrackedConnection(there, back, answered=True).is_translated
-    assert TrackedConnection(there, Direction(other, one), answered=True).is_translated
-    assert TrackedConnection(there, Direction(two, other), answered=True).is_translated
+    assert not TrackedConnection(there, back, established=True).is_translated
+    assert TrackedConnection(there, Direction(other, one), established=True).is_translated
+    assert TrackedConnection(there, Direction(two, other), established=True).is_translated
