@@ -112,6 +112,9 @@ class Admission:
             if self._sockets.is_translated(end.namespace, end.message.local, end.message.remote):
                 return Reason.INTERCEPTED
         message = ends[0].message
+        if len({end.namespace for end in ends}) < len(ends):
+            # Of one container with itself: the host isn't between them.
+            return None
         if not network.bridge or self._sockets.is_carried(
             network.bridge, message.local, message.remote, trusted=network.trusted
         ):

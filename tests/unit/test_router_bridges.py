@@ -64,6 +64,17 @@ def test_a_connection_that_the_host_takes_apart(world: World) -> None:
     assert len(world.grants(a)) == 1
 
 
+def test_a_container_with_itself(world: World) -> None:
+    """The host isn't asked about a container's connections to its own address, since it doesn't see
+    them.
+    """
+    a, b = world.process(1), world.process(1)
+    ends = (at("10.0.4.1:5000"), at("10.0.4.1:80"))
+    world.kernel.intercepted.add((BRIDGE, *ends))
+    world.connect(a, b, 5000)
+    assert [len(world.grants(each)) for each in (a, b)] == [1, 1]
+
+
 def test_a_connection_that_a_container_translates(world: World) -> None:
     """Where either container's namespace leads a connection elsewhere, or changes its source, the
     two sockets whose addresses fit are no pair; where it only tracks the connection, they are.
