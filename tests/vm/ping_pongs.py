@@ -21,7 +21,7 @@ FILES: Final[dict[str, Path]] = {
 PORT: Final = 18515
 """Where the program's server listens."""
 ENDLESS: Final = 10_000_000
-"""Rounds."""
+"""Rounds that take longer than any test."""
 
 
 def queue_pairs(hosts: list[Host]) -> list[QueuePairFact]:
@@ -30,11 +30,9 @@ def queue_pairs(hosts: list[Host]) -> list[QueuePairFact]:
 
 
 class PingPong:
-    """Two programs that send each other messages by queue pairs, which are on the hosts' devices.
-    `options` are the program's.
-    """
+    """Two programs that send each other messages by queue pairs. `options` are the program's."""
 
-    def __init__(self, hosts: list[Host], rounds: int = ENDLESS, *options: str) -> None:
+    def __init__(self, hosts: list[Host], rounds: int, *options: str) -> None:
         self._hosts = hosts
         a, b = (host.containers[0] for host in hosts)
         preload = f"LD_PRELOAD={LIBRARY}:{FOLDER}/libibverbs.so.1"
@@ -42,11 +40,14 @@ class PingPong:
         self.server = b.start(command, accelerated=False)
         b.wait_listening(PORT)
         self.client = a.start([*command, str(b.ipv4)], accelerated=False)
-        if rounds == ENDLESS:
-            wait_until(
-                "rdma", lambda: [one.path for one in queue_pairs(hosts)] == ["rdma"] * 2, 120
-            )
-            self.moves()
+
+    @classmethod
+    def endless(cls, hosts: list[Host]) -> PingPong:
+        """Two that sleep between messages, which the hosts' devices carry by now."""
+        made = cls(hosts, ENDLESS, "-e")
+        wait_until("rdma", lambda: [one.path for one in queue_pairs(hosts)] == ["rdma"] * 2, 120)
+        made.moves()
+        return made
 
     def moves(self) -> None:
         """Wait until further messages are exchanged."""

@@ -68,9 +68,8 @@ def moves_again(hosts: list[Host]) -> None:
     others.
     """
     linked(hosts)
-    ping_pong = PingPong(hosts, 100)
+    PingPong(hosts, 100).check()
     assert Streams(hosts, 5, 1).ends() == ["whole"] * 2
-    ping_pong.check()
     wait_until("no queue pairs", lambda: not queue_pairs(hosts), 60)
     for host in hosts:
         wait_until(f"{host.guest.name}: no memory", lambda host=host: not rdma(host).memory, 60)  # type: ignore[misc]
@@ -147,7 +146,7 @@ def test_cable_pulled(hosts: list[Host]) -> None:
     """After a link was down for some seconds, connections continue or are reset, none is cut short,
     queue pairs continue, and new ones work as before.
     """
-    ping_pong, streams = PingPong(hosts), Streams(hosts, 15)
+    ping_pong, streams = PingPong.endless(hosts), Streams(hosts, 15)
     hosts[1].guest.set_carrier(False)
     time.sleep(3)
     hosts[1].guest.set_carrier(True)
@@ -179,7 +178,7 @@ def test_relay_killed(hosts: list[Host]) -> None:
     """When a relay is killed, its connections are reset and its queue pairs break, at both ends,
     and the next relay carries new ones.
     """
-    ping_pong, streams = PingPong(hosts), Streams(hosts, 60)
+    ping_pong, streams = PingPong.endless(hosts), Streams(hosts, 60)
     hosts[1].guest.run(["pkill", "-KILL", "-x", "freeflow-relay"])
     assert set(streams.ends(60)) == {"reset"}
     ping_pong.fails()
