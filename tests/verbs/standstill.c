@@ -9,6 +9,7 @@
 #include "../../dataplane/verbs/standstill.c"
 #include "../dataplane/check.h"
 
+#include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
 #include <stdlib.h>
@@ -230,12 +231,41 @@ static void race(void)
         printf("%u %u\n", switched, failed);
 }
 
+/* Nothing is left of a process that is killed meanwhile. A helper would keep its descriptors. */
+static void check_killed(void)
+{
+        enum { ROUNDS = 300, SECOND = 1000 };
+
+        for (int i = 0; i < ROUNDS; i++) {
+                struct pollfd source = {.events = POLLIN};
+                int held[2], status, process;
+                pid_t child;
+                char byte;
+
+                CHECK(pipe(held) == 0);
+                child = fork();
+                if (!child) {
+                        CHECK(write(held[1], "", 1) == 1);
+                        while (true)
+                                standstill(note, &process);
+                }
+                close(held[1]);
+                CHECK(read(held[0], &byte, 1) == 1);
+                usleep((useconds_t)i * 7 % 1000);
+                CHECK(kill(child, SIGKILL) == 0 && waitpid(child, &status, 0) == child);
+                source.fd = held[0];
+                CHECK(poll(&source, 1, 10 * SECOND) == 1 && source.revents & POLLHUP);
+                close(held[0]);
+        }
+}
+
 int main(int count, char **arguments)
 {
         CHECK(count > 1);
         if (strcmp(arguments[1], "rules") == 0) {
                 check_rules();
                 check_traced();
+                check_killed();
                 return 0;
         }
         CHECK(count == 4);
