@@ -260,6 +260,9 @@ class VerbsConnections:
         host = self.far.host_of(network, target)
         if isinstance(host, Reason):
             return host
+        if not self.far.has_room(host):
+            # Whoever asks, takes it back and asks again fills no session, which all use.
+            return Reason.LIMIT
         return network, ConnectionSide(RELAY, RELAY, target, 0, host), None
 
     def _asks_too_much(self, opened: VerbsProcess) -> bool:

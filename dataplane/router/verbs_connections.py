@@ -188,7 +188,7 @@ class FarEnds(Protocol):
         """Whether a host still has a GID."""
 
     def has_room(self, host: IPAddress) -> bool:
-        """Whether a host can be told what it has been told before."""
+        """Whether a host can be told of what is new, or what it has been told before."""
 
     def tell(self, connection: CmConnection, side: int, message: VerbsConnection) -> None:
         """Tell the end of a side, which is on another host, what the other one says."""

@@ -71,6 +71,9 @@ class FarDatagramSlots:
                 self._count(known, -1)
                 known.asked = message
             return None
+        if not self._ends.has_room(host):
+            # Whoever asks again and again fills no session, which all containers use.
+            return Reason.LIMIT
         made = self._make(opened, gid, network.id, message.gid, peer_first, host, message)
         if isinstance(made, Reason):
             return made

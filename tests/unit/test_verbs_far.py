@@ -458,6 +458,30 @@ def test_a_process_that_does_not_read(world: World, ends: Ends) -> None:
     assert other.hear().step is Step.REQUEST
 
 
+@pytest.mark.parametrize("step", [Step.REQUEST, Step.RESOLVE])
+def test_a_host_that_takes_little(world: World, ends: Ends, step: Step) -> None:
+    """A process that asks, takes it back and asks again fills no session: while much waits to be
+    sent to a host its requests are refused for now, and passed on afterwards.
+    """
+    one, other = ends
+    space = TCP if step is Step.REQUEST else UDP
+    other.listen(200, PORT, space=UDP)
+    world.crowded.add((one.host.number, other.host.number))
+    for number in range(1, 9):
+        one.ask(number, other.address, PORT, step=step, space=space)
+        one.say(Step.REJECT, number)
+    wait(world)
+    assert one.read() == [
+        VerbsRefuse(VerbsKind.CONNECTION, 0, number, Reason.LIMIT) for number in range(1, 9)
+    ]
+    assert other.read() == []
+    nothing_left(world)
+    world.ease(one.host, other.host)
+    one.ask(9, other.address, PORT, step=step, space=space)
+    wait(world)
+    assert other.hear().step is step
+
+
 def test_a_container_that_moves(world: World, ends: Ends) -> None:
     """If another host claims the address of an end, too, the connection ends."""
     one, other = ends

@@ -177,6 +177,27 @@ def test_nobody_there(world: World, ends: Ends) -> None:
     end(world)
 
 
+def test_a_host_that_takes_little(world: World, ends: Ends) -> None:
+    """While much waits to be sent to a host, its router is asked for no slot; whoever asks later
+    gets one.
+    """
+    one, other = ends
+    world.crowded.add((one.host.number, other.host.number))
+    for request in range(1, 5):
+        one.ask(request, other.address, other.qpn + request)
+    one.reach(other, 5)
+    world.loop.run(1)
+    assert one.read() == [
+        refused(request, other.qpn + request % 5, Reason.LIMIT) for request in range(1, 6)
+    ]
+    assert other.read() == []
+    world.ease(one.host, other.host)
+    one.reach(other, 6)
+    world.loop.run(1)
+    assert (one.grant().request, other.grant().request) == (6, 0)
+    end(world)
+
+
 def test_hosts_without_verbs() -> None:
     """A host of an earlier version is asked nothing; one without a session later."""
     world = started(verbs_cm=(0,))
