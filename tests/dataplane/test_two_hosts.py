@@ -494,11 +494,13 @@ def test_a_thousand(path: str) -> None:
 
 
 def test_limit() -> None:
-    """Beyond the limit of registered memory connections stay on TCP, and none loses a byte."""
+    """One container gets seven eighths of the registered memory. Beyond that its connections stay
+    on TCP, and none loses a byte.
+    """
     allowed = RouterSettings(remote_ring=65536, remote_memory=40 * (2 * 65536 + 2 * 4096))
     with two_hosts(library=LIBRARY, relay=RELAY, settings=allowed) as made:
         running = Streams(made, 2, 60)
-        until(lambda: on_path(made[0]) == 40)
-        until(lambda: sum(connection.reason == "limit" for connection in listed(made[0])) == 20)
+        until(lambda: on_path(made[0]) == 35)
+        until(lambda: sum(connection.reason == "limit" for connection in listed(made[0])) == 25)
         assert running.ends() == ["whole"] * 120
         nothing_left(made)
