@@ -56,9 +56,12 @@ def _ask(
 
 
 class Engine:
-    """The engine of this host. `path` is its socket."""
+    """The engine of this host. `path` is its socket; `timeout`, in seconds, bounds each read.
 
-    def __init__(self, path: Path | None = None, timeout: float = 3.0) -> None:
+    A manager whose engine has just started takes several seconds to answer /info.
+    """
+
+    def __init__(self, path: Path | None = None, timeout: float = 15.0) -> None:
         self._path = path or host_run() / "docker.sock"
         self._timeout = timeout
 
