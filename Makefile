@@ -93,7 +93,7 @@ push: plugin ## push the plugin to REGISTRY, tagged by version and architecture
 prepare: setup ## make what tests run in: root file systems of engines and guests, container images
 	@$(PYTHON) -m testbed.prepare $(ONLY)
 
-test: setup library ebpf relay plugin prepare lint ## install what is missing and run all tests
+test: setup library verbs ebpf relay plugin prepare lint ## install what is missing and run all tests
 	@tests/run.sh $(PYTHON)
 
 unit: venv ## tests without root
