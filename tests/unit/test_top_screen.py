@@ -74,8 +74,9 @@ class Screen:
         self.master, slave = pty.openpty()
         self.resize(self.rows, self.columns)
         environment = {**os.environ, "TERM": term, "LC_ALL": locale}
+        # Whoever starts tests in the background would leave it deaf to Ctrl-C.
         self.program = subprocess.Popen(
-            ("setsid", "--ctty", *command),
+            ("setsid", "--ctty", "env", "--default-signal=INT", *command),
             stdin=slave,
             stdout=slave,
             stderr=slave,
