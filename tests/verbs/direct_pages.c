@@ -234,19 +234,15 @@ static void race(void)
 
 int main(int count, char **arguments)
 {
-        CHECK(count > 1);
         make_file();
-        if (strcmp(arguments[1], "rules") == 0) {
-                check_there_and_back();
-                check_refused();
-                check_changed();
-                check_asynchronous();
-                check_child();
+        if (is_race(count, arguments, &end)) {
+                race();
                 return 0;
         }
-        CHECK(count == 4);
-        end = time(NULL) + atoi(arguments[2]);
-        seed = strtoull(arguments[3], NULL, 10);
-        race();
+        check_there_and_back();
+        check_refused();
+        check_changed();
+        check_asynchronous();
+        check_child();
         return 0;
 }

@@ -430,22 +430,18 @@ static void race(void)
 
 int main(int count, char **arguments)
 {
-        CHECK(count > 1);
         extent_maker = &maker;
-        if (strcmp(arguments[1], "rules") == 0) {
-                check_regions();
-                check_unmapped();
-                check_advice();
-                check_withdrawn();
-                check_renewed();
-                check_moved();
-                check_fork();
-                check_stack();
+        if (is_race(count, arguments, &end_of_race)) {
+                race();
                 return 0;
         }
-        CHECK(count == 4);
-        end_of_race = time(NULL) + atoi(arguments[2]);
-        seed = strtoull(arguments[3], NULL, 10);
-        race();
+        check_regions();
+        check_unmapped();
+        check_advice();
+        check_withdrawn();
+        check_renewed();
+        check_moved();
+        check_fork();
+        check_stack();
         return 0;
 }

@@ -156,16 +156,12 @@ static void race(void)
 
 int main(int count, char **arguments)
 {
-        CHECK(count > 1);
-        if (strcmp(arguments[1], "rules") == 0) {
-                check_order();
-                check_lost_socket();
-                check_room();
+        if (is_race(count, arguments, &end)) {
+                race();
                 return 0;
         }
-        CHECK(count == 4);
-        end = time(NULL) + atoi(arguments[2]);
-        seed = strtoull(arguments[3], NULL, 10);
-        race();
+        check_order();
+        check_lost_socket();
+        check_room();
         return 0;
 }

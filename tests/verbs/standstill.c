@@ -261,16 +261,12 @@ static void check_killed(void)
 
 int main(int count, char **arguments)
 {
-        CHECK(count > 1);
-        if (strcmp(arguments[1], "rules") == 0) {
-                check_rules();
-                check_traced();
-                check_killed();
+        if (is_race(count, arguments, &end)) {
+                race();
                 return 0;
         }
-        CHECK(count == 4);
-        end = time(NULL) + atoi(arguments[2]);
-        seed = strtoull(arguments[3], NULL, 10);
-        race();
+        check_rules();
+        check_traced();
+        check_killed();
         return 0;
 }
