@@ -65,6 +65,15 @@ LIBRARY: Final = "libfreeflow.so"
 _PATIENCE: Final = 10.0
 BRIDGE: Final = "br0"
 _OTHER_DRIVER: Final[dict[str, Any]] = {"kind": "bridge", "foreign": True, "bridge": BRIDGE}
+TRACKING: Final = """
+table inet tracking {
+    chain forward {
+        type filter hook forward priority 0
+        ct state established accept
+    }
+}
+"""
+"""A rule for which the host tracks what it forwards, for nft."""
 
 # Its own /run, so that nothing appears in the host's.
 _INSIDE: Final = (

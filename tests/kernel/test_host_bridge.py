@@ -23,6 +23,7 @@ from dataplane.router.library_wire import Address
 from dataplane.router.socket_table import LinuxSocketTable, Namespaces
 from driver.kernel.namespace import in_netns
 from testbed.kernel_hosts import new_namespace, set_up, wait_operational
+from testbed.namespace_bed import TRACKING
 
 T = TypeVar("T")
 
@@ -131,16 +132,6 @@ class BridgedHost:
     def close(self) -> None:
         for namespace in (self.namespace, *self.containers.values()):
             os.close(namespace)
-
-
-TRACKING: Final = """
-table inet tracking {
-    chain forward {
-        type filter hook forward priority 0
-        ct state established accept
-    }
-}
-"""
 
 
 @pytest.fixture

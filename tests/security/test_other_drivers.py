@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from dataplane.control import RouterSettings, Rule
 from dataplane.router import library_wire as wire
-from testbed.namespace_bed import BedContainer, NamespaceBed, bed
+from testbed.namespace_bed import TRACKING, BedContainer, NamespaceBed, bed
 from testbed.process import wait_until
 from tests.dataplane.library import Library, dial, listen
 
@@ -26,15 +26,6 @@ PORT: Final = 7700
 CLIENT_PORT: Final = 40000
 _TCP_REPAIR: Final = 19
 _OFF_WITHOUT_A_PROBE: Final = -1
-
-TRACKING: Final = """
-table inet tracking {
-    chain forward {
-        type filter hook forward priority 0
-        ct state established accept
-    }
-}
-"""
 
 
 @pytest.fixture

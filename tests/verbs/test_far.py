@@ -294,10 +294,11 @@ def give_up(router: FarRouter) -> None:
     router.hosts[0].number("EXPIRE", 1, 1 | QUEUE_PAIR << 16)
 
 
-def test_idle_queue_pairs_can_wait(
+@pytest.fixture
+def idle_peers(
     far: Path, library: Path, relay: Path, socket_path: Path, board: Path, transport: int
-) -> None:
-    """An idle queue pair is not given up."""
+) -> Iterator[Peers]:
+    """Two processes whose queue pairs have nothing to do."""
     with far_router(socket_path, relay, transport) as router:
         ends = [
             start(far, library, socket_path, "rest", str(board), str(side)) for side in range(2)
@@ -306,12 +307,18 @@ def test_idle_queue_pairs_can_wait(
             for end in ends:
                 assert end.stdout is not None
                 assert end.stdout.readline() == "rests\n", end.communicate()
-            give_up(router)
-            assert router.hosts[0].counts()["broken"] == 0
+            yield router, ends
         finally:
             for end in ends:
                 end.kill()
                 end.wait()
+
+
+def test_idle_queue_pairs_can_wait(idle_peers: Peers) -> None:
+    """An idle queue pair is not given up."""
+    router, _ = idle_peers
+    give_up(router)
+    assert router.hosts[0].counts()["broken"] == 0
 
 
 def switches(process: int) -> int:
@@ -321,27 +328,14 @@ def switches(process: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt"))
 
 
-def test_idle_queue_pairs_rest(
-    far: Path, library: Path, relay: Path, socket_path: Path, board: Path, transport: int
-) -> None:
+def test_idle_queue_pairs_rest(idle_peers: Peers) -> None:
     """Neither relays nor processes do anything for queue pairs that have nothing to do."""
-    with far_router(socket_path, relay, transport) as router:
-        ends = [
-            start(far, library, socket_path, "rest", str(board), str(side)) for side in range(2)
-        ]
-        try:
-            for end in ends:
-                assert end.stdout is not None
-                assert end.stdout.readline() == "rests\n", end.communicate()
-            time.sleep(1.5)
-            before = [switches(end.pid) for end in ends]
-            slept = [host.counts()["sleeps"] for host in router.hosts]
-            time.sleep(1)
-            for end, count in zip(ends, before, strict=True):
-                assert switches(end.pid) - count <= WAKINGS
-            for host, count in zip(router.hosts, slept, strict=True):
-                assert host.counts()["sleeps"] - count <= 4
-        finally:
-            for end in ends:
-                end.kill()
-                end.wait()
+    router, ends = idle_peers
+    time.sleep(1.5)
+    before = [switches(end.pid) for end in ends]
+    slept = [host.counts()["sleeps"] for host in router.hosts]
+    time.sleep(1)
+    for end, count in zip(ends, before, strict=True):
+        assert switches(end.pid) - count <= WAKINGS
+    for host, count in zip(router.hosts, slept, strict=True):
+        assert host.counts()["sleeps"] - count <= 4
