@@ -927,3 +927,11 @@ class World:
                         expected = tcp.ends[1 - side][4]
                         assert other.end.key == expected, "two ends of two connections"
             assert connections.room.registered == sum(one.bytes for one in connections)
+
+
+def started(size: int = 2, **equipment: Any) -> World:
+    """Hosts with sessions and links."""
+    made = World(size, **equipment)
+    made.connect_all()
+    made.loop.run(1)
+    return made

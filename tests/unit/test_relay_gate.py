@@ -22,7 +22,7 @@ from dataplane.router.remote_requests import RemoteRequest
 from dataplane.router.seams import SocketEnd
 from dataplane.router.socket_table import AT_ONCE
 from dataplane.router.tcp_counters import TcpCounters
-from tests.unit.remote_world import Host, Tcp, World
+from tests.unit.remote_world import Host, Tcp, World, started
 from tests.unit.router_world import FakeKernel, at
 
 A, B = (0, 1), (1, 1)
@@ -61,10 +61,7 @@ class Traffic:
 
 @pytest.fixture
 def world() -> World:
-    made = World(cards=(), tcp=range(2), ruled=True, relay_rule=RULE)
-    made.connect_all()
-    made.loop.run(1)
-    return made
+    return started(cards=(), tcp=range(2), ruled=True, relay_rule=RULE)
 
 
 @pytest.fixture

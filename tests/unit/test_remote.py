@@ -25,7 +25,7 @@ from dataplane.router.remote import OPENING, SESSION_PATIENCE
 from dataplane.router.remote_events import LEADER, Phase, Transport
 from dataplane.router.remote_hosts import RemoteHost
 from dataplane.router.remote_requests import OWNER_PATIENCE, Closed, RemoteRequest
-from tests.unit.remote_world import CONTAINERS, RELAY_RING, RING, Host, Tcp, World
+from tests.unit.remote_world import CONTAINERS, RELAY_RING, RING, Host, Tcp, World, started
 
 A, B, C = (0, 1), (1, 1), (2, 1)
 
@@ -39,14 +39,6 @@ EQUIPMENT: Final[dict[str, dict[str, Any]]] = {
 """What all hosts have."""
 MIXED: Final = {"cards": (0, 2), "tcp": (0, 1)}
 """Of three hosts the first and the last have cards; the last has a router of the last version."""
-
-
-def started(size: int = 2, **equipment: Any) -> World:
-    """Hosts with sessions and links."""
-    made = World(size, **equipment)
-    made.connect_all()
-    made.loop.run(1)
-    return made
 
 
 @pytest.fixture(params=list(EQUIPMENT))
@@ -202,9 +194,7 @@ def test_offers_wait_in_a_new_session(world: World) -> None:
 
 def test_many_share_what_they_can(world: World) -> None:
     """Connections of one process share its arena, whichever host they lead to."""
-    made = World(3)
-    made.connect_all()
-    made.loop.run(1)
+    made = started(3)
     one, other = upgraded(made, A, B), upgraded(made, A, C)
     first, second = made.grant(one, 0), made.grant(other, 0)
     assert first is not None

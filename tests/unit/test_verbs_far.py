@@ -29,7 +29,7 @@ from dataplane.router.verbs_wire import (
     VerbsRefuse,
 )
 from tests.unit.cm_world import TCP, UDP, CmModel
-from tests.unit.remote_world import CONTAINERS, Host, World
+from tests.unit.remote_world import CONTAINERS, Host, World, started
 from tests.unit.verbs_world import gid
 
 PORT: Final = 7471
@@ -56,14 +56,6 @@ class FarModel(CmModel):
     @property
     def address(self) -> IPAddress:
         return gid(self.host.ip(self.container))
-
-
-def started(size: int = 2, **options: Any) -> World:
-    """Hosts with sessions."""
-    made = World(size, **options)
-    made.connect_all()
-    made.loop.run(1)
-    return made
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -27,7 +27,7 @@ from dataplane.router.verbs_wire import (
     VerbsOpen,
     VerbsRefuse,
 )
-from tests.unit.remote_world import CONTAINERS, Host, World
+from tests.unit.remote_world import CONTAINERS, Host, World, started
 from tests.unit.test_remote import EQUIPMENT, empty
 from tests.unit.ud_world import UdModel
 from tests.unit.verbs_world import gid
@@ -86,14 +86,6 @@ class FarUd(UdModel):
                 if (lent.arena, lent.slot) == (grant.arena, grant.slot)
             )
         )
-
-
-def started(size: int = 2, **equipment: Any) -> World:
-    """Hosts with sessions and links."""
-    made = World(size, **equipment)
-    made.connect_all()
-    made.loop.run(1)
-    return made
 
 
 @pytest.fixture(params=list(EQUIPMENT))

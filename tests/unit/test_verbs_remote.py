@@ -33,8 +33,8 @@ from dataplane.router.verbs_wire import (
     VerbsQueuePair,
     VerbsRefuse,
 )
-from tests.unit.remote_world import CONTAINERS, Host, World
-from tests.unit.test_remote import EQUIPMENT, empty, started
+from tests.unit.remote_world import CONTAINERS, Host, World, started
+from tests.unit.test_remote import EQUIPMENT, empty
 from tests.unit.verbs_world import RC, UC
 
 A, B, C = (0, 1), (1, 1), (2, 1)
