@@ -1,11 +1,11 @@
 /* mlockall(), which never locks the library's own memory (sparse.h). */
 #include "calls.h"
 
+#include "process_maps.h"
 #include "sparse.h"
 #include "sys.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 
@@ -14,51 +14,25 @@ enum { ON_FAULT = 4, LOCK_ON_FAULT = 1 };
 
 static _Atomic bool locks_future;
 
-static uintptr_t hexadecimal(const char **text)
-{
-        uintptr_t number = 0;
-
-        for (;; (*text)++) {
-                char c = **text;
-
-                if (c >= '0' && c <= '9')
-                        number = number * 16 + (uintptr_t)(c - '0');
-                else if (c >= 'a' && c <= 'f')
-                        number = number * 16 + (uintptr_t)(c - 'a' + 10);
-                else
-                        return number;
-        }
-}
-
 /* Call `visit` with the process's mappings, without the library's. Returns false if the kernel
  * doesn't list them. */
 static bool each_program_range(void (*visit)(uintptr_t, uintptr_t, void *), void *data)
 {
-        char buffer[2048], line[64] = "";
-        long fd = sys_4(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC, 0), got;
-        size_t length = 0;
+        struct process_maps maps;
+        char line[64];
 
-        if (fd < 0)
+        if (!process_maps_open(&maps, "/proc/self/maps"))
                 return false;
-        while ((got = sys_3(SYS_read, fd, buffer, sizeof buffer)) > 0)
-                for (long i = 0; i < got; i++) {
-                        const char *text = line;
-                        uintptr_t first, last;
+        while (process_maps_line(&maps, line, sizeof line)) {
+                const char *text = line;
+                uintptr_t first = process_maps_number(&text, 16), last;
 
-                        if (buffer[i] != '\n') {
-                                if (length < sizeof line - 1)
-                                        line[length++] = buffer[i];
-                                continue;
-                        }
-                        line[length] = 0;
-                        length = 0;
-                        first = hexadecimal(&text);
-                        text++;
-                        last = hexadecimal(&text);
-                        sparse_each_outside(first, last, visit, data);
-                }
-        sys_1(SYS_close, fd);
-        return got == 0;
+                text++;
+                last = process_maps_number(&text, 16);
+                sparse_each_outside(first, last, visit, data);
+        }
+        process_maps_close(&maps);
+        return maps.got == 0;
 }
 
 static void add_size(uintptr_t first, uintptr_t last, void *data)

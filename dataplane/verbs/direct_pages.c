@@ -1,10 +1,9 @@
 #include "direct_pages.h"
 
-#include "../library/sys.h"
+#include "../library/process_maps.h"
 #include "standstill.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -12,22 +11,6 @@
 enum { MOST_PARTS = 64 };
 
 /* --- what is mapped (proc_pid_maps(5)) */
-
-static uint64_t number_in(const char **text, unsigned base)
-{
-        uint64_t number = 0;
-
-        for (;; (*text)++) {
-                char c = **text;
-                unsigned digit = c >= '0' && c <= '9'   ? (unsigned)(c - '0')
-                                 : c >= 'a' && c <= 'f' ? (unsigned)(c - 'a' + 10)
-                                                        : base;
-
-                if (digit >= base)
-                        return number;
-                number = number * base + digit;
-        }
-}
 
 static bool begins(const char *text, const char *beginning)
 {
@@ -40,19 +23,19 @@ static struct pages_part read_line(const char *text, bool *writes)
 {
         struct pages_part part = {0};
 
-        part.first = number_in(&text, 16);
+        part.first = process_maps_number(&text, 16);
         text++;
-        part.end = number_in(&text, 16);
+        part.end = process_maps_number(&text, 16);
         text++;
         part.protection = (text[0] == 'r' ? PROT_READ : 0) | (text[1] == 'w' ? PROT_WRITE : 0) |
                           (text[2] == 'x' ? PROT_EXEC : 0);
         part.shared = text[3] == 's';
         text += 5;
-        part.offset = number_in(&text, 16);
+        part.offset = process_maps_number(&text, 16);
         while (*++text && *text != ' ')
                 ; /* the device */
         text++;
-        part.inode = number_in(&text, 10);
+        part.inode = process_maps_number(&text, 10);
         /* The kernel's own, such as the first thread's stack. */
         while (*text == ' ')
                 text++;
@@ -67,36 +50,26 @@ static struct pages_part read_line(const char *text, bool *writes)
 static bool list_parts(uintptr_t first, uintptr_t end, struct pages_part *parts, uint32_t *count,
                        bool *writers)
 {
-        char buffer[4096], line[128];
-        long fd = sys_4(SYS_openat, AT_FDCWD, "/proc/thread-self/maps", O_RDONLY | O_CLOEXEC, 0), got;
-        size_t length = 0;
+        struct process_maps maps;
+        char line[128];
         bool fits = true;
 
         *count = 0;
-        if (fd < 0)
+        if (!process_maps_open(&maps, "/proc/thread-self/maps"))
                 return false;
-        while (fits && (got = sys_3(SYS_read, fd, buffer, sizeof buffer)) > 0)
-                for (long i = 0; i < got && fits; i++) {
-                        struct pages_part part;
-                        bool writes;
+        while (fits && process_maps_line(&maps, line, sizeof line)) {
+                bool writes;
+                struct pages_part part = read_line(line, &writes);
 
-                        if (buffer[i] != '\n') {
-                                if (length < sizeof line - 1)
-                                        line[length++] = buffer[i];
-                                continue;
-                        }
-                        line[length] = 0;
-                        length = 0;
-                        part = read_line(line, &writes);
-                        if (writers)
-                                *writers |= writes;
-                        if (part.end <= first || part.first >= end)
-                                continue;
-                        fits = *count < MOST_PARTS;
-                        if (fits)
-                                parts[(*count)++] = part;
-                }
-        sys_1(SYS_close, fd);
+                if (writers)
+                        *writers |= writes;
+                if (part.end <= first || part.first >= end)
+                        continue;
+                fits = *count < MOST_PARTS;
+                if (fits)
+                        parts[(*count)++] = part;
+        }
+        process_maps_close(&maps);
         for (uint32_t i = 0; i < *count; i++) {
                 if (parts[i].first < first) {
                         parts[i].offset += first - parts[i].first;
@@ -104,7 +77,7 @@ static bool list_parts(uintptr_t first, uintptr_t end, struct pages_part *parts,
                 }
                 parts[i].end = parts[i].end < end ? parts[i].end : end;
         }
-        return fits && got >= 0;
+        return fits && maps.got >= 0;
 }
 
 static bool is_of_file(const struct pages_part *part, const struct direct_pages *pages)
