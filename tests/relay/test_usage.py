@@ -18,15 +18,27 @@ from testbed.relays import TCP, End, Relay, connect, drop, link, more, pair, rel
 pytestmark = pytest.mark.usefixtures("transport")
 
 
-def uses(relay: Relay) -> dict[tuple[int, int], dict[str, int]]:
-    """The values by arena and link, for what was in use since the last time."""
-    relay.counts()
+Values = dict[tuple[int, int], dict[str, int]]
+"""By arena and link."""
+
+
+def at_once(relay: Relay) -> tuple[Values, dict[str, int]]:
+    """The values for what was in use since the last time, and the relay's counters of the same
+    moment: the relay answers both to one request.
+    """
+    counts = relay.counts()
+    # The values come before the next answer.
     relay.counts()
     found = {}
     while any(message.kind == "USAGE" for message in relay.received):
         message = relay.expect("USAGE")
         found[message.state, message.number] = dict(zip(USES, message.values, strict=True))
-    return found
+    return found, counts
+
+
+def uses(relay: Relay) -> Values:
+    """The values alone."""
+    return at_once(relay)[0]
 
 
 def cpu(relay: Relay) -> int:
@@ -49,7 +61,7 @@ def test_arena_and_link_have_their_counters(binary: Path, end: Path) -> None:
         one, two = connect(a, b)
         send(end, one, two, 500_000)
         for relay, of, count in (a, one, "bytes_out"), (b, two, "bytes_in"):
-            found, counts = uses(relay), relay.counts()
+            found, counts = at_once(relay)
             arena, over = found[of.arena, 0], found[0, 1]
             assert arena[count] == over[count] == counts[count] == 500_000
             assert over["messages_out"] == counts["messages_out"] > 0
