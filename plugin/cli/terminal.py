@@ -1,49 +1,20 @@
 """Output to the terminal. Names come from containers, images, stacks and other hosts.
 
-They may hold anything. `shown` is for one name or sentence, `shown_all` for all texts in a value:
-characters that aren't printable are replaced by their escapes, so that they can't move the cursor,
-change colours, or look like another line. All output of a command goes through `say`, which does
-the same for each line.
+They may hold anything: see `plugin/printable.py`. All output of a command goes through `say`, which
+makes each line harmless.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, Final, TypeVar, cast
+from typing import Any
 
 import click
 import msgspec
 
-T = TypeVar("T")
+from plugin.printable import shown, shown_all
 
-_CONTROLS: Final = re.compile(r"[^ -~]")
-
-
-def shown(text: object) -> str:
-    """One line without control characters, zero-width characters or changes of direction."""
-    return _CONTROLS.sub(lambda found: _escaped(found[0]), str(text))
-
-
-def _escaped(character: str) -> str:
-    if character.isprintable():
-        return character
-    return character.encode("unicode_escape", "surrogatepass").decode()
-
-
-def shown_all(value: T) -> T:
-    """The value with each text as in `shown`."""
-    return cast("T", _all(value))
-
-
-def _all(value: Any) -> Any:
-    if isinstance(value, msgspec.Struct):
-        fields = {name: _all(getattr(value, name)) for name in value.__struct_fields__}
-        return msgspec.structs.replace(value, **fields)
-    if isinstance(value, dict):
-        return {_all(name): _all(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_all, value))
-    return shown(value) if isinstance(value, str) else value
+__all__ = ("json_text", "lines", "say", "say_json", "shown", "shown_all")
 
 
 def lines(text: str) -> str:
