@@ -18,7 +18,7 @@ C_FILES := $(filter %.c %.h,$(SOURCES))
 PYTHON_FOLDERS := plugin driver dataplane bench testbed tests tools
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library verbs ebpf relay runtime plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures docs demo bench settings clean
+.PHONY: help setup venv library verbs ebpf relay runtime plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures screenshots docs demo bench settings clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -128,6 +128,10 @@ pictures: venv ## make the documentation's pictures, charts and list of source f
 	@plugin/image/setup.sh graphviz
 	$(PYTHON) -m tools.pictures
 	$(PYTHON) -m tools.files
+
+screenshots: venv ## take the pictures of the live page
+	@plugin/image/setup.sh
+	$(PYTHON) -m tools.screenshots
 
 docs: venv ## build the documentation as a site, and check its links: build/docs/site/index.html
 	$(PYTHON) -m tools.site

@@ -5,6 +5,7 @@ POST /admin/ping      {"address": …, "count": …} → `ping.PingResult`
 GET  /admin/connections  `dataplane.control.Connections`
 GET  /admin/verbs     `dataplane.control.VerbsObjects`
 GET  /admin/traffic   `traffic_names.TrafficReport`
+GET  /admin/addresses  `traffic_names.AddressBook`
 GET  /admin/metrics   Prometheus text
 POST /admin/runtime   `runtime_networks.RuntimeQuestion` → `runtime_networks.RuntimeAnswer`
 """
@@ -25,7 +26,7 @@ from driver.errors import FreeFlowError, InvalidRequest, NotFound
 from plugin.ping import PingRequest
 from plugin.runtime_networks import RuntimeAnswer, RuntimeQuestion
 from plugin.status import Status, explanation
-from plugin.traffic_names import TrafficReport
+from plugin.traffic_names import AddressBook, TrafficReport
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ class AdminAnswers:
     connections: Callable[[], Connections]
     verbs: Callable[[], VerbsObjects]
     traffic: Callable[[], TrafficReport]
+    addresses: Callable[[], AddressBook]
     runtime: Callable[[RuntimeQuestion], RuntimeAnswer]
 
 
@@ -81,6 +83,10 @@ def create_admin(answers: AdminAnswers) -> Flask:
     @app.get("/admin/traffic")
     def list_traffic() -> Response:
         return _json(answers.traffic())
+
+    @app.get("/admin/addresses")
+    def list_addresses() -> Response:
+        return _json(answers.addresses())
 
     @app.post("/admin/runtime")
     def runtime_question() -> Response:

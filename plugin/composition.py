@@ -198,11 +198,12 @@ def compose(
         _recover(core.driver, ipv6_override, failures)
         networks.publish()
 
+    answers = _answers(core, snapshot, networks)
     return Plugin(
         app=app,
-        admin=_admin(core, snapshot, networks),
+        admin=create_admin(answers),
         recover=recover_all,
-        parts=tuple(_parts(core, settings, snapshot, router)),
+        parts=tuple(_parts(core, settings, answers, router)),
     )
 
 
@@ -281,23 +282,23 @@ def _runtime_networks(paths: HostPaths, settings: Settings, core: Core) -> Runti
     )
 
 
-def _admin(core: Core, snapshot: Snapshot, networks: RuntimeNetworks) -> Any:
+def _answers(core: Core, snapshot: Snapshot, networks: RuntimeNetworks) -> AdminAnswers:
     ping = Ping(core.driver, core.kernel, core.syncer, router=core.router)
     labels = PathLabels(core.driver, core.kernel, core.syncer)
     named = TrafficNames(core.driver, core.kernel, core.syncer, core.others.known)
-    answers = AdminAnswers(
+    return AdminAnswers(
         status=snapshot,
         ping=ping,
         connections=lambda: labels.connections(core.router.connections()),
         verbs=core.router.verbs,
         traffic=lambda: named.report(core.router.traffic()),
+        addresses=named.addresses,
         runtime=networks.answer,
     )
-    return create_admin(answers)
 
 
 def _parts(
-    core: Core, settings: Settings, snapshot: Snapshot, router: RouterProcess | None
+    core: Core, settings: Settings, answers: AdminAnswers, router: RouterProcess | None
 ) -> Iterator[Part]:
     """What works in the background, in the order of its start."""
     syncer = core.syncer
@@ -305,14 +306,23 @@ def _parts(
     yield Hints(core.kernel, core.directory, syncer.state, syncer.hint, time.monotonic)
     yield KernelRefresh(core.kernel, lambda: _sandboxes(core.host.store, syncer))
     if settings.metrics_addr is not None:
-        # Not imported at the top: few have it on, and the import takes a while.
-        from plugin.metrics import Exporter
-
-        yield Exporter(snapshot, settings.metrics_addr)
+        yield _exporter(answers, settings, settings.metrics_addr)
     if router is not None:
         yield core.others
         yield core.accelerator
         yield router
+
+
+def _exporter(answers: AdminAnswers, settings: Settings, address: tuple[str, int]) -> Part:
+    """Metrics and the page."""
+    # Not imported at the top: few have it on, and the import takes a while.
+    from plugin.metrics import Exporter
+    from plugin.page_app import PageAccess, create_page, is_loopback
+    from plugin.page_feed import PageFeed, PageSource
+
+    source = PageSource(answers.status, answers.addresses, answers.traffic)
+    access = PageAccess(settings.ui_token, is_loopback(address[0]))
+    return Exporter(answers.status, address, create_page(PageFeed(source), access))
 
 
 def _sandboxes(store: Store, syncer: Syncer) -> Iterator[tuple[str, Path]]:

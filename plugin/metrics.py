@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
-from wsgiref.simple_server import WSGIServer
+from typing import Any, Final
 
 import structlog
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import start_http_server
+from prometheus_client.exposition import make_wsgi_app
 from prometheus_client.registry import Collector
 
 from dataplane.control import RdmaFacts, RelayFacts, VerbsFacts
+from plugin.bounded_server import WSGI, BoundedServer
 from plugin.deaths import PARTS
 from plugin.status import NetworkStatus, RouterStatus, Status, relay_cpu, without_session
 
@@ -484,23 +484,32 @@ def render(status: Status) -> bytes:
 
 
 class Exporter:
-    """Serves the metrics on `address`; if that fails, the log says so and the plugin goes on."""
+    """Serves the metrics on `address`, and the page at all other paths; if that fails, the log says
+    so and the plugin goes on.
+    """
 
-    def __init__(self, snapshot: Callable[[], Status], address: tuple[str, int]) -> None:
-        self._snapshot = snapshot
+    def __init__(
+        self, snapshot: Callable[[], Status], address: tuple[str, int], page: WSGI | None = None
+    ) -> None:
+        self._metrics: WSGI = make_wsgi_app(_registry(snapshot))
+        self._page = page or self._metrics
         self._address = address
-        self._server: WSGIServer | None = None
+        self._server: BoundedServer | None = None
 
     def start(self) -> None:
         host, port = self._address
         try:
-            self._server, _ = start_http_server(port, host, _registry(self._snapshot))
+            self._server = BoundedServer(self._address, self._answer)
         except OSError as error:
             log.error("metrics are not served", address=f"{host}:{port}", reason=str(error))
         else:
+            self._server.start()
             log.info("metrics are served", address=f"{host}:{port}")
 
     def stop(self) -> None:
         if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+            self._server.stop()
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        found = self._metrics if environ["PATH_INFO"] == "/metrics" else self._page
+        return found(environ, start_response)

@@ -142,7 +142,7 @@ def _parse_address(text: str) -> tuple[str, int]:
 
 def _parse_key(text: str) -> str:
     if text and not (LEAST_KEY <= len(text) <= MOST_KEY and text.isascii() and text.isprintable()):
-        raise ValueError(f"must be {_KEY_LENGTH}, the same on all hosts: openssl rand -hex 32")
+        raise ValueError(f"must be {_KEY_LENGTH}: openssl rand -hex 32")
     return text
 
 
@@ -190,9 +190,18 @@ class Settings:
     metrics_addr: tuple[str, int] | None = _setting(
         _optional(Kind(_parse_address, "`ADDRESS:PORT`")),
         "",
-        "`ADDRESS:PORT` that serves Prometheus metrics",
+        "`ADDRESS:PORT` that serves Prometheus metrics, and the live page of this host",
         empty="off",
-        details="For example `127.0.0.1:9477`.",
+        details="For example `127.0.0.1:9477`. See [Monitoring](monitoring.md) and "
+        "[The page](ui.md).",
+    )
+    ui_token: str = _setting(
+        Kind(_parse_key, _KEY_LENGTH),
+        "",
+        "secret that a browser has to know for the live page",
+        empty="the page is served on loopback addresses alone, without a secret",
+        details="`openssl rand -hex 32` makes one. See [The page](ui.md).",
+        secret=True,
     )
     log_level: str = _setting(
         _choice("debug", "info", "warning", "error"),

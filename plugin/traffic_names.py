@@ -45,6 +45,23 @@ class TrafficReport(msgspec.Struct, frozen=True, kw_only=True):
     """Names of networks, by ID."""
 
 
+class AddressOwner(msgspec.Struct, frozen=True, kw_only=True):
+    """Who has an address of a network. Empty: not known."""
+
+    name: str
+    """The container's or task's, or the service's if the address is its VIP."""
+    service: str = ""
+    host: str = ""
+    """As in `NamedTraffic`."""
+    vip: bool = False
+
+
+class AddressBook(msgspec.Struct, frozen=True, kw_only=True):
+    """Who has which address, of all hosts: by the network's ID, then by address."""
+
+    networks: dict[str, dict[str, AddressOwner]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Party:
     """Who has an address."""
@@ -67,6 +84,13 @@ class _OtherDirectory:
     def who(self, end: str) -> _Party:
         """As that of `_Directory`."""
         return self._parties.get(end.rpartition(":")[0].strip("[]"), _Party())
+
+    def owners(self) -> dict[str, AddressOwner]:
+        """As those of `_Directory`, IPv6 included."""
+        return {
+            address: AddressOwner(name=party.name, host=party.host)
+            for address, party in self._parties.items()
+        }
 
 
 class _Directory:
@@ -99,6 +123,18 @@ class _Directory:
         if text not in self._parties:
             self._parties[text] = self._find(ip_address(text))
         return self._parties[text]
+
+    def owners(self) -> dict[str, AddressOwner]:
+        """Of all IPv4 addresses that this host knows on the network."""
+        view = None if self._state is None else self._state.view
+        vips = {service.vip for service in (() if view is None else view.services)}
+        found = {}
+        for address in self._names:
+            party = self._find(address)
+            found[str(address)] = AddressOwner(
+                name=party.name, service=party.service, host=party.host, vip=address in vips
+            )
+        return found
 
     def _find(self, address: IPAddress) -> _Party:
         if isinstance(address, IPv6Address):
@@ -156,6 +192,17 @@ class TrafficNames:
             (number, state.view.name) for number, state in self.syncer.state().items() if state.view
         )
         return TrafficReport(**fields, host=host, networks=names)
+
+    def addresses(self) -> AddressBook:
+        """Who has which address of the accelerated networks of this host."""
+        engine, _ = self.syncer.engine()
+        host = "" if engine is None else engine.hostname
+        found = {
+            network.view.id: _OtherDirectory(network, host).owners() for network in self.others()
+        }
+        for network in self.driver.store.networks():
+            found[network.id] = self._directory(network).owners()
+        return AddressBook(networks=found)
 
     def _directory(self, network: Network) -> _Directory:
         made = _Directory(network, self.syncer.state().get(network.id))

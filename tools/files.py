@@ -14,7 +14,7 @@ from typing import Final
 TOP: Final = Path(__file__).parents[1]
 LIST: Final = TOP / "docs/files.md"
 FOLDERS: Final = ("plugin", "driver", "dataplane", "testbed", "bench", "tools")
-SUFFIXES: Final = (".py", ".c", ".h", ".sh")
+SUFFIXES: Final = (".py", ".c", ".h", ".sh", ".js")
 HEAD: Final = """\
 # Source files
 

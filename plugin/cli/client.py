@@ -17,7 +17,7 @@ from driver.unix_http import UnixConnection
 from plugin.host_paths import ADMIN_SOCKET
 from plugin.ping import PingRequest, PingResult
 from plugin.status import Status
-from plugin.traffic_names import TrafficReport
+from plugin.traffic_names import AddressBook, TrafficReport
 
 T = TypeVar("T")
 
@@ -216,6 +216,10 @@ class Client:
     def traffic(self) -> TrafficReport:
         """Raises NotRunning, FreeFlowError."""
         return self._value(TrafficReport, "GET", "/admin/traffic")
+
+    def addresses(self) -> AddressBook:
+        """Raises NotRunning, FreeFlowError."""
+        return self._value(AddressBook, "GET", "/admin/addresses")
 
     def ping(self, address: str, count: int) -> PingResult:
         """Raises NotRunning, FreeFlowError."""

@@ -16,6 +16,7 @@ from plugin.cli.client import Client, Engine, InUse
 from plugin.cli.command_parts import PROBLEMS, UNUSABLE, explained, json_option, say_value
 from plugin.cli.commands_runtime import runtime
 from plugin.cli.commands_top import top
+from plugin.cli.commands_ui import ui
 from plugin.cli.show import findings, show_connections, show_peers, show_status, show_verbs
 from plugin.cli.terminal import json_text, lines, say, say_json, shown, shown_all
 from plugin.cli.user_files import users_root
@@ -80,6 +81,7 @@ def cli(context: click.Context, socket: Path | None, engine: Path | None) -> Non
 
 cli.add_command(runtime)
 cli.add_command(top)
+cli.add_command(ui)
 
 
 @cli.command()

@@ -11,7 +11,7 @@ target="$root/usr/lib/python3/dist-packages"
 for package in plugin driver dataplane; do
     rm -rf "${target:?}/$package"
     mkdir -p "$target/$package"
-    (cd "$top/$package" && find . -name '*.py' -o -name '*.json') |
+    (cd "$top/$package" && find . -name '*.py' -o -name '*.json' -o -path './page/*' -type f) |
         (cd "$top/$package" && tar -cf - -T -) | tar -xf - -C "$target/$package"
 done
 find "$target/plugin" "$target/driver" "$target/dataplane" -name __pycache__ -prune -exec rm -rf {} +

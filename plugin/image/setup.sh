@@ -13,6 +13,8 @@ wanted="$wanted ibverbs-utils perftest python3-pyverbs rdmacm-utils"
 wanted="$wanted libfabric-bin libopenmpi-dev openmpi-bin qperf ucx-utils"
 # Checks the alert rules, and asks what the Grafana board asks.
 wanted="$wanted prometheus"
+# Opens the live page.
+wanted="$wanted chromium chromium-driver"
 # Programs that the tests accelerate. Debian has Python's own tests in a package of their own.
 wanted="$wanted cargo curl default-jdk-headless g++ golang-go iperf3 libasio-dev librust-tokio-dev rustc $(basename "$(readlink -f /usr/bin/python3 || echo python3.11)" |
     sed 's/python/libpython/')-testsuite haproxy memcached nginx-light nodejs postgresql redis-server rsync"

@@ -210,12 +210,12 @@ class RealPlace:
         seen.socket = self.run / "freeflow-admin/admin.sock"
         return seen
 
-    def scrape(self, host: str, port: int) -> bytes:
-        """The metrics that a scraper on this machine gets."""
+    def scrape(self, host: str, port: int, path: str = "metrics") -> bytes:
+        """The metrics, or the page, that a program on this machine gets."""
 
         def get() -> bytes:
             with urllib.request.urlopen(
-                f"http://{host}:{port}/metrics", timeout=patience(10)
+                f"http://{host}:{port}/{path}", timeout=patience(10)
             ) as answer:
                 return bytes(answer.read())
 

@@ -200,7 +200,9 @@ def test_sockets_are_roots(own: RealPlace) -> None:
 
 
 def test_metrics_where_asked() -> None:
-    """Root's socket always serves metrics, and so does the configured address."""
+    """Root's socket always serves metrics, and so does the configured address, with the page of
+    this host.
+    """
     with temporary() as directory:
         place = RealPlace(Path(directory), {"METRICS_ADDR": "127.0.0.1:9477"})
         try:
@@ -209,6 +211,10 @@ def test_metrics_where_asked() -> None:
             assert own.content_type.startswith("text/plain")
             assert b'freeflow_requests_total{call="CreateNetwork"} 1.0\n' in own.body
             assert b'freeflow_build_info{version="' in place.scrape("127.0.0.1", 9477)
+            assert b"<title>FreeFlow</title>" in place.scrape("127.0.0.1", 9477, "")
+            page = json.loads(place.scrape("127.0.0.1", 9477, "snapshot"))
+            assert [network["id"] for network in page["map"]["networks"]] == [NET]
+            assert page["traffic"]["paths"] == {}
         finally:
             place.close()
 

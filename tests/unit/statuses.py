@@ -32,7 +32,7 @@ from plugin.status import (
     ServiceStatus,
     Status,
 )
-from plugin.traffic_names import NamedTraffic, TrafficReport
+from plugin.traffic_names import AddressBook, AddressOwner, NamedTraffic, TrafficReport
 
 NET = "p3l8f1w0gk2c9d7h5m6n4b0aq"
 NET2 = "q7x2r5v8sl3b6c1j9k4m0d8ez"
@@ -116,6 +116,16 @@ TRAFFIC = TrafficReport(
     containers_relay_cpu={4026532177: 0.5},
     host="host1",
     networks={NET: "backend"},
+)
+
+ADDRESSES = AddressBook(
+    networks={
+        NET: {
+            "10.0.4.7": AddressOwner(name="web.1.abc", service="web", host="host1"),
+            "10.0.4.8": AddressOwner(name="db.1.def", service="db", host="host2"),
+            "10.0.4.2": AddressOwner(name="web", service="web", vip=True),
+        }
+    }
 )
 
 LISTED_VERBS = VerbsObjects(
@@ -290,6 +300,7 @@ def admin_answers(**changes: Any) -> AdminAnswers:
         "connections": lambda: LISTED,
         "verbs": lambda: LISTED_VERBS,
         "traffic": lambda: TRAFFIC,
+        "addresses": lambda: ADDRESSES,
         "runtime": lambda _question: RuntimeAnswer(True),
     }
     return AdminAnswers(**{**known, **changes})

@@ -13,8 +13,8 @@ from driver.errors import InvalidRequest, KernelError, NotFound
 from plugin.admin import create_admin
 from plugin.ping import PingRequest
 from plugin.status import Status
-from plugin.traffic_names import TrafficReport
-from tests.unit.statuses import LISTED, LISTED_VERBS, TRAFFIC, admin_answers, status
+from plugin.traffic_names import AddressBook, TrafficReport
+from tests.unit.statuses import ADDRESSES, LISTED, LISTED_VERBS, TRAFFIC, admin_answers, status
 
 
 def client(ping: Any = None) -> FlaskClient:
@@ -45,6 +45,12 @@ def test_traffic() -> None:
     """What connections have carried comes from the router, with names."""
     answer = client().get("/admin/traffic")
     assert msgspec.json.decode(answer.data, type=TrafficReport) == TRAFFIC
+
+
+def test_addresses() -> None:
+    """Who has which address comes with the names of services and hosts."""
+    answer = client().get("/admin/addresses")
+    assert msgspec.json.decode(answer.data, type=AddressBook) == ADDRESSES
 
 
 def test_metrics() -> None:

@@ -54,6 +54,7 @@ COMMANDS = (
     "peers",
     "connections",
     "top",
+    "ui",
     "ping",
     "doctor",
     "bugreport",

@@ -15,7 +15,7 @@ from bench.machine import Machine
 from bench.report import BenchReport
 from bench.stats import Case, Measured, cross_row, verbs_row
 from dataplane.verbs import symbols
-from tools import commit_subjects, files, pictures, prose
+from tools import commit_subjects, files, pictures, prose, screenshots
 
 TOP: Final = Path(__file__).parents[2]
 TEXTS: Final = {path: path.read_text() for path in prose.documents()}
@@ -84,6 +84,14 @@ def test_every_document_is_in_the_readme() -> None:
 def test_pictures_are_drawn_from_their_sources(source: Path) -> None:
     """Each picture was drawn from the source beside it, in the present style."""
     assert pictures.stored_hash(source.with_suffix(".svg")) == pictures.source_hash(source)
+
+
+def test_screenshots_are_of_the_present_page() -> None:
+    """Each picture of the page was taken of its present files: `make screenshots`."""
+    for each in screenshots.SCREENSHOTS:
+        path = screenshots.PICTURES / f"{each.name}.png"
+        assert screenshots.stored_hash(path) == screenshots.source_hash()
+        assert path.stat().st_size < 64 << 10
 
 
 def test_the_chart_shows_the_stored_results() -> None:

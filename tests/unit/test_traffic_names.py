@@ -12,7 +12,7 @@ from dataplane.control import ConnectionTraffic, TrafficFacts
 from driver.model import NetworkView
 from driver.other_networks import OtherEndpoint, OtherNetwork
 from plugin.paths import FAST
-from plugin.traffic_names import NamedTraffic, TrafficNames, TrafficReport
+from plugin.traffic_names import AddressOwner, NamedTraffic, TrafficNames, TrafficReport
 from tests.unit.facts import engine_view
 from tests.unit.statuses import NET
 from tests.unit.test_snapshot import TASK, VIP, World
@@ -112,6 +112,22 @@ def test_nothing_is_known(world: World) -> None:
     assert (found.service, found.peer, found.host) == ("", "", "")
 
 
+def test_addresses(world: World) -> None:
+    """All containers, tasks and VIPs of this host's networks are listed, those of other hosts with
+    their hosts if these are known.
+    """
+    book = TrafficNames(world.driver, world.kernel, world.sync).addresses()
+    assert book.networks[NET] == {
+        "10.0.4.2": AddressOwner(name="web", service="web", host="host1", vip=True),
+        "10.0.4.7": AddressOwner(name="web.1.abc", service="web", host="host1"),
+        "10.0.4.8": AddressOwner(name="web.2", service="web"),
+        "10.0.4.9": AddressOwner(name="db.1", service="db", host="host2"),
+    }
+    world.sync.states.clear()
+    book = TrafficNames(world.driver, world.kernel, world.sync).addresses()
+    assert book.networks == {NET: {}}
+
+
 def test_a_network_of_another_driver(world: World) -> None:
     """On a network of another driver containers of this host have their names, and so has the
     network.
@@ -132,6 +148,10 @@ def test_a_network_of_another_driver(world: World) -> None:
         ("", ""),
     ]
     assert found.networks["b"] == "app"
+    assert named.addresses().networks["b"] == {
+        "172.20.0.2": AddressOwner(name="web-1", host="host1"),
+        "fd00::3": AddressOwner(name="db-1", host="host1"),
+    }
 
 
 def test_the_rest_is_the_routers(world: World) -> None:
