@@ -21,9 +21,9 @@ from plugin.traffic_names import AddressBook, AddressOwner
 from testbed.example_swarm import (
     BACKEND,
     STEP,
+    ExampleConnection,
     ExampleContainer,
     ExampleSwarm,
-    ExampleConnection,
     shop,
     with_problem,
 )
