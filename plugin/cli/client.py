@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +26,14 @@ HOST_RUNS: Final = (Path("/host/run"), Path("/run"))
 """The host's /run, as seen inside the plugin's root file system and on the host itself."""
 _SLOW: Final = 60.0
 """Seconds for requests that make the engine work on its disk."""
+_WORK: Final = 300.0
+"""Seconds of silence in requests for images."""
+_NOBODY: Final = "e30="
+"""The encoded object {} (API, AuthConfig)."""
 _LOOK: Final = "systemctl status docker"
+_LOG: Final = "journalctl -u docker"
+_HEAD: Final = 8192
+"""Limit of an answer's header."""
 _INSTALL: Final = "docker plugin install --alias freeflow:latest REGISTRY/freeflow:latest"
 
 
@@ -55,6 +63,17 @@ def _ask(
         connection.close()
 
 
+def _message(answer: bytes) -> str:
+    """What an answer of the engine says about an error."""
+    text = answer.decode(errors="replace").strip()
+    try:
+        found = msgspec.json.decode(text.splitlines()[-1] if text else "")
+        text = str(found.get("message") or found.get("error") or text)
+    except (msgspec.DecodeError, AttributeError):
+        pass
+    return text[:300]
+
+
 class Engine:
     """The engine of this host. `path` is its socket; `timeout`, in seconds, bounds each read.
 
@@ -73,6 +92,93 @@ class Engine:
         """As `get`; None if there is no such thing. Raises EngineError."""
         status, body = self._ask("GET", url)
         return None if status == http.HTTPStatus.NOT_FOUND else self._decoded(url, status, body)
+
+    def read(self, url: str) -> bytes:
+        """An answer that is no JSON. Raises EngineError."""
+        status, body = self._ask("GET", url)
+        if status != http.HTTPStatus.OK:
+            raise EngineError(
+                f"the engine answered {url} with {status}", cause=_message(body), remedy=_LOG
+            )
+        return body
+
+    def change(self, method: str, url: str, value: Any = None) -> Any:
+        """A request that changes something; its answer, None if that is empty. Raises EngineError.
+
+        An object that is not there is no error for DELETE.
+        """
+        body = None if value is None else msgspec.json.encode(value)
+        status, answer = self._ask(method, url, body)
+        if method == "DELETE" and status == http.HTTPStatus.NOT_FOUND:
+            return None
+        if status >= http.HTTPStatus.BAD_REQUEST:
+            raise EngineError(
+                f"the engine refused {method} {url.partition('?')[0]} ({status})",
+                cause=_message(answer),
+                remedy=_LOG,
+            )
+        return msgspec.json.decode(answer) if answer.strip() else None
+
+    def work(self, url: str, content: IO[bytes] | None = None, length: int = 0) -> None:
+        """A POST whose answer is lines of progress, to the end: of an import, a pull or a push.
+        `content` is a file to send. Raises EngineError.
+        """
+        connection = UnixConnection(self._path, _WORK)
+        headers = {"Content-Length": str(length), "X-Registry-Auth": _NOBODY}
+        if content is not None:
+            headers["Content-Type"] = "application/x-tar"
+        try:
+            connection.request("POST", url, content, headers)
+            response = connection.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(
+                f"the engine did not do {url.partition('?')[0]}", cause=str(error), remedy=_LOOK
+            ) from error
+        finally:
+            connection.close()
+        # The status is sent before the work is done.
+        if response.status != http.HTTPStatus.OK or b'"errorDetail"' in answer:
+            raise EngineError(
+                f"the engine refused {url.partition('?')[0]}",
+                cause=_message(answer),
+                remedy=_LOG,
+            )
+
+    def attach(self, container: str) -> socket.socket:
+        """The standard streams of a container as one socket (API, ContainerAttach): what comes from
+        it has headers, what is sent is its input. Raises EngineError.
+        """
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stream.settimeout(self._timeout)
+        try:
+            stream.connect(str(self._path))
+            url = f"/containers/{container}/attach?stream=1&stdin=1&stdout=1&stderr=1"
+            head = f"POST {url} HTTP/1.1\r\nHost: docker\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
+            stream.sendall(f"{head}Content-Length: 0\r\n\r\n".encode())
+            answer = b""
+            # Byte by byte, because what follows belongs to the container.
+            while not answer.endswith(b"\r\n\r\n") and len(answer) < _HEAD:
+                piece = stream.recv(1)
+                if not piece:
+                    break
+                answer += piece
+            words = answer.split(None, 2)
+            if len(words) < 2 or words[1] not in (b"101", b"200"):
+                raise EngineError(
+                    f"the engine did not attach to container {container[:12]}",
+                    cause=_message(answer),
+                    remedy=_LOG,
+                )
+        except OSError as error:
+            stream.close()
+            raise EngineError(
+                f"the engine does not answer on {self._path}", cause=str(error), remedy=_LOOK
+            ) from error
+        except EngineError:
+            stream.close()
+            raise
+        return stream
 
     def _decoded(self, url: str, status: int, body: bytes) -> Any:
         if status != http.HTTPStatus.OK:

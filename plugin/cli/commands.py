@@ -15,6 +15,7 @@ from driver.errors import FreeFlowError
 from plugin.cli.client import Client, Engine, InUse
 from plugin.cli.command_parts import PROBLEMS, UNUSABLE, explained, json_option, say_value
 from plugin.cli.commands_runtime import runtime
+from plugin.cli.commands_test import network_test
 from plugin.cli.commands_top import top
 from plugin.cli.commands_ui import ui
 from plugin.cli.show import findings, show_connections, show_peers, show_status, show_verbs
@@ -82,6 +83,7 @@ def cli(context: click.Context, socket: Path | None, engine: Path | None) -> Non
 cli.add_command(runtime)
 cli.add_command(top)
 cli.add_command(ui)
+cli.add_command(network_test)
 
 
 @cli.command()

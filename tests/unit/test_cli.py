@@ -55,6 +55,7 @@ COMMANDS = (
     "connections",
     "top",
     "ui",
+    "test",
     "ping",
     "doctor",
     "bugreport",
