@@ -18,11 +18,12 @@ from typing import Any, Final
 
 from docker import DockerClient
 
-from testbed.images import WORKLOAD_IMAGE, engine_root
+from testbed.images import SYSTEMD, WORKLOAD_IMAGE, engine_root
 from testbed.patience import patience
 from testbed.process import CommandError, run, wait_until
 
 _INIT: Final = Path(__file__).with_name("host_init.sh")
+_CGROUP_DRIVER: Final = "--exec-opt=native.cgroupdriver"
 PLUGIN: Final = "freeflow:latest"
 
 
@@ -46,6 +47,11 @@ class Host:
     @property
     def cgroup(self) -> str:
         return f"freeflow-{self._bed}-{self.name}"
+
+    @property
+    def has_systemd(self) -> bool:
+        """Whether systemd is process 1, and makes the control groups of containers."""
+        return self.engine.endswith(SYSTEMD)
 
     @property
     def root(self) -> Path:
@@ -79,6 +85,7 @@ class Host:
                 self.name,
                 str(engine),
                 str(self.work),
+                *((self.cgroup,) if self.has_systemd else ()),
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -97,7 +104,7 @@ class Host:
             return children.read_text().strip()
 
         self.pid = int(wait_until(f"{self.name}: process 1", lambda: alive("process 1")))
-        up = self.root / "run/host-is-up"
+        up = self.root / ("run/systemd/private" if self.has_systemd else "run/host-is-up")
         wait_until(f"{self.name}: file system", lambda: alive("file system") and up.exists())
         self._plug_in()
 
@@ -122,10 +129,8 @@ class Host:
         self._dockerd = subprocess.Popen(
             [
                 *self._enter(),
-                "dockerd",
+                *self._cgroup_words(),
                 "--host=unix:///run/docker.sock",
-                f"--cgroup-parent={self.cgroup}",
-                "--exec-opt=native.cgroupdriver=cgroupfs",
                 f"--bip=172.30.{self.number}.1/24",
                 # Large enough for hundreds of containers on docker_gwbridge.
                 "--default-address-pool=base=172.24.0.0/14,size=21",
@@ -140,6 +145,13 @@ class Host:
         )
         log.close()
         wait_until(f"{self.name}: engine {self.engine}", self._engine_up, timeout)
+
+    def _cgroup_words(self) -> tuple[str, ...]:
+        """The first words of dockerd's command, with what decides on its control groups."""
+        if self.has_systemd:
+            # As a unit of systemd's, which moves only its own processes between groups.
+            return ("systemd-run", "--scope", "--quiet", "dockerd", f"{_CGROUP_DRIVER}=systemd")
+        return ("dockerd", f"{_CGROUP_DRIVER}=cgroupfs", f"--cgroup-parent={self.cgroup}")
 
     def _engine_up(self) -> bool:
         if self._dockerd is not None and self._dockerd.poll() is not None:
@@ -204,7 +216,9 @@ class Host:
     # --- using it
 
     def _enter(self) -> list[str]:
-        return ["nsenter", f"--target={self.pid}", "--mount", "--uts", "--net", "--pid", "--"]
+        groups = ("--cgroup",) if self.has_systemd else ()
+        namespaces = ("--mount", "--uts", "--net", "--pid", *groups)
+        return ["nsenter", f"--target={self.pid}", *namespaces, "--"]
 
     def run(
         self, *command: str, timeout: float = 120, check: bool = True, stdin: str | None = None

@@ -1,13 +1,27 @@
 #!/bin/sh
 # Process 1 of a host of the test bed, in new mount, PID, UTS and network namespaces. It makes the
-# host's file system and waits.
+# host's file system, and waits or becomes systemd.
 #
-#   host_init.sh NAME ENGINE_ROOT WORK
+#   host_init.sh NAME ENGINE_ROOT WORK [GROUP]
+#       GROUP   systemd becomes process 1, with the control groups of this name as its own
 set -eu
 name=$1
 engine=$2
 work=$3
+group=${4:-}
 root="$work/root"
+
+if [ -n "$group" ] && [ -z "${FREEFLOW_BED_INSIDE:-}" ]; then
+    awk '$0 ~ / - cgroup2? / { print $5 }' /proc/self/mountinfo | while read -r point; do
+        mkdir -p "$point/$group"
+        for setting in cpus mems; do
+            [ ! -e "$point/cpuset.$setting" ] || [ ! -e "$point/$group/cpuset.$setting" ] ||
+                cat "$point/cpuset.$setting" >"$point/$group/cpuset.$setting"
+        done
+        echo $$ >"$point/$group/cgroup.procs"
+    done
+    FREEFLOW_BED_INSIDE=1 exec unshare --cgroup "$0" "$@"
+fi
 
 mount --make-rprivate /
 hostname "$name"
@@ -45,6 +59,14 @@ umount -l /old
 # As systemd does, so that dockerd's mounts reach the plugin, and the plugin's the host.
 mount --make-rshared /
 ip link set lo up
+if [ -n "$group" ]; then
+    # Nothing of Debian's is started. systemd leaves the kernel's settings to whoever runs containers.
+    mkdir -p /run/systemd/system
+    printf '[Unit]\nDescription=A host of a test bed\nDefaultDependencies=no\n' \
+        >/run/systemd/system/testbed.target
+    exec env -i container=testbed PATH="$PATH" \
+        /lib/systemd/systemd --unit=testbed.target --log-target=null
+fi
 : >/run/host-is-up
 while :; do
     sleep 3600 &

@@ -24,8 +24,11 @@ from testbed.process import CommandError
 TOP: Final = Path(__file__).resolve().parents[1]
 
 _ENGINE_TOOLS: Final = "iptables,iproute2,procps,ca-certificates,kmod,nftables"
+SYSTEMD: Final = "+systemd"
+"""Behind an engine's version: systemd is the host's process 1, and makes control groups for the
+engine. Later versions of it than bookworm's know only control groups of version 2."""
 ENGINES: Final = {
-    "20.10": ("bookworm", f"docker.io,{_ENGINE_TOOLS}"),
+    "20.10": ("bookworm", f"docker.io,systemd,{_ENGINE_TOOLS}"),
     "26.1": ("trixie", f"docker.io,docker-cli,{_ENGINE_TOOLS}"),
     "28.5": ("forky", f"docker.io,docker-cli,{_ENGINE_TOOLS}"),
 }
@@ -96,11 +99,12 @@ def _engine_path(version: str) -> Path:
 
 
 def engine_root(version: str) -> Path:
-    """The root file system of an engine.
+    """The root file system of an engine, or of a host with this engine and `SYSTEMD`.
 
     Raises:
         NotPreparedError: it does not exist.
     """
+    version = version.removesuffix(SYSTEMD)
     target = _engine_path(version)
     if not target.exists():
         raise NotPreparedError(f"the root file system of engine {version}", target)

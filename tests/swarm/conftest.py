@@ -1,5 +1,5 @@
-"""One Swarm for all scenarios: four hosts, three of them managers, engines 28.5 (twice), 20.10 and
-26.1.
+"""One Swarm for all scenarios: four hosts, three of them managers, engines 28.5 (twice), 20.10 with
+systemd, and 26.1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from testbed.images import WORKLOAD_IMAGE
 from testbed.process import CommandError
 
 PLUGIN = Path(__file__).resolve().parents[2] / "build/plugin"
-ENGINES = ("28.5", "20.10", "26.1", "28.5")
+ENGINES = ("28.5", "20.10+systemd", "26.1", "28.5")
 MANAGERS = 3
 
 _numbers = itertools.count(1)

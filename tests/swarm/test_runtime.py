@@ -147,9 +147,12 @@ def test_an_unchanged_stack_is_accelerated(bed: Bed, manager: Host) -> None:
 
 @pytest.mark.usefixtures("default")
 def test_containers_of_every_engine(bed: Bed, manager: Host) -> None:
-    """On each engine a container gets the library at its first start and at a restart, whether the
-    host knew the network or not; so do programs of docker exec.
+    """On each engine, whether systemd makes the control groups or the engine itself, a container
+    gets the library at its first start and at a restart, whether the host knew the network or not;
+    so do programs of docker exec.
     """
+    drivers = {host.docker("info", "-f", "{{.CgroupDriver}}").strip() for host in bed.hosts}
+    assert drivers == {"cgroupfs", "systemd"}
     network = make_network(manager, "--attachable")
     for host in bed.hosts:
         box = run_container(host, network)
@@ -227,10 +230,13 @@ exec runc "$@"
 """
 
 
-def test_a_runtime_of_the_users(manager: Host) -> None:
+@pytest.mark.parametrize("groups", ["cgroupfs", "systemd"])
+def test_a_runtime_of_the_users(bed: Bed, groups: str) -> None:
     """A default runtime of the user's own is the one that is called, also by docker exec, and is
-    the default again after uninstalling.
+    the default again after uninstalling. It gets the names of control groups that the engine meant
+    for runc.
     """
+    manager = next(host for host in bed.hosts if host.has_systemd == (groups == "systemd"))
     manager.run("sh", "-c", "cat >/usr/local/bin/mine; chmod 755 /usr/local/bin/mine", stdin=MINE)
     own = {"runtimes": {"mine": {"path": "/usr/local/bin/mine"}}, "default-runtime": "mine"}
     with engine_file(manager, own):
@@ -246,6 +252,10 @@ def test_a_runtime_of_the_users(manager: Host) -> None:
             if identifier in line
         ]
         assert {"create", "exec"} <= {word for line in calls for word in line}
+        asked = any("--systemd-cgroup" in line for line in calls)
+        assert asked == (groups == "systemd")
+        own_groups = manager.exec(box, "cat", "/proc/1/cgroup")
+        assert (f"docker-{identifier}.scope" in own_groups) == (groups == "systemd")
         remove_containers(manager)
         manager.freeflow("runtime", "uninstall")
         value = json.loads(manager.run("cat", "/etc/docker/daemon.json"))
