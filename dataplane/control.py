@@ -147,6 +147,8 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     """If it differs from the host's."""
     peers: tuple[str, ...] = ()
     """Addresses of the other hosts that share it."""
+    encrypted: bool = False
+    """Whether what leaves the host is encrypted, or isn't sent."""
     kind: str = "overlay"
     """The path of its connections over TCP: overlay, or another driver's name."""
     foreign: bool = False
@@ -160,6 +162,16 @@ class NetworkFact(msgspec.Struct, frozen=True, kw_only=True):
     """Of such a network, addresses behind which its driver chooses a service's task."""
 
 
+class EncryptionKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """The public keys of this host's WireGuard devices, for peers on encrypted networks."""
+
+    keys: tuple[str, str]
+    slot: int
+    """The device by which this host sends."""
+    port: int
+    """UDP port of the first device; that of the second is the next one."""
+
+
 class RouterSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
     """Everything that the driver knows. It replaces the snapshot before."""
 
@@ -170,6 +182,8 @@ class RouterSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
     """This host's address on the underlay, if that is known."""
     tunnel_offload: bool | None = None
     """Whether the underlay's device segments UDP tunnels; None: unknown."""
+    encryption: EncryptionKeys | None = None
+    """None: no container here is on an encrypted network."""
 
 
 class LivenessRequest(msgspec.Struct, frozen=True, tag="life"):
@@ -202,6 +216,10 @@ class PathsRequest(msgspec.Struct, frozen=True, tag="paths"):
     """Requests the number of connections on each path, and why."""
 
 
+class EncryptionRequest(msgspec.Struct, frozen=True, tag="encryption"):
+    """Requests the public keys that peers have announced."""
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """The snapshot is in force."""
 
@@ -210,6 +228,23 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """The request can't be fulfilled."""
 
     message: str
+
+
+class PeerKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """What a host with a session has announced. `node` is that of its certificate."""
+
+    address: str
+    node: str
+    keys: tuple[str, ...] = ()
+    slot: int = 0
+    port: int = 0
+
+
+class EncryptionFacts(msgspec.Struct, frozen=True, kw_only=True, tag="encryption"):
+    """Answer to EncryptionRequest. `node` is this host's; "" without an identity."""
+
+    node: str = ""
+    peers: tuple[PeerKeys, ...] = ()
 
 
 class ContainerCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -377,6 +412,9 @@ class ConnectionFact(msgspec.Struct, frozen=True, kw_only=True):
     """The reason's word, if the path is the network's kind."""
     age: float | None = None
     """Seconds on shm, rdma or relay, or since the request."""
+    encryption: str = ""
+    """Of an encrypted network's connections to other hosts, what encrypts them; not known to the
+    router, the plugin adds it."""
 
 
 class Connections(msgspec.Struct, frozen=True, kw_only=True, tag="connections"):
@@ -520,5 +558,15 @@ ControlRequest = (
     | VerbsRequest
     | TrafficRequest
     | PathsRequest
+    | EncryptionRequest
 )
-ControlReply = Done | Failed | Statistics | Connections | VerbsObjects | TrafficFacts | PathCounts
+ControlReply = (
+    Done
+    | Failed
+    | Statistics
+    | Connections
+    | VerbsObjects
+    | TrafficFacts
+    | PathCounts
+    | EncryptionFacts
+)

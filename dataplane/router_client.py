@@ -26,6 +26,7 @@ R = TypeVar(
     control.VerbsObjects,
     control.TrafficFacts,
     control.PathCounts,
+    control.EncryptionFacts,
 )
 
 
@@ -67,6 +68,10 @@ class RouterClient:
     def paths(self) -> control.PathCounts:
         """How many connections take which path, and why. Raises DataplaneError."""
         return self._ask(control.PathsRequest(), control.PathCounts)
+
+    def encryption(self) -> control.EncryptionFacts:
+        """The public keys that peers have announced. Raises DataplaneError."""
+        return self._ask(control.EncryptionRequest(), control.EncryptionFacts)
 
     def _ask(self, request: control.ControlRequest, kind: type[R]) -> R:
         try:

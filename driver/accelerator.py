@@ -18,6 +18,7 @@ import structlog
 from msgspec.structs import replace
 
 from dataplane.control import (
+    EncryptionKeys,
     EndpointFact,
     NetworkFact,
     RouterSettings,
@@ -90,6 +91,8 @@ def facts(
     homes: Mapping[str, tuple[Path, int]],
     settings: RouterSettings,
     own: ThisHost | None = None,
+    *,
+    rdma_encrypted: bool = False,
 ) -> RouterSnapshot:
     """The snapshot. `homes`: path and inode of each endpoint's namespace; endpoints without are
     left out."""
@@ -117,7 +120,13 @@ def facts(
             for endpoint in here
         ),
         networks=tuple(
-            _network(network, states.get(network.id, NetworkState()), settings.rule, own)
+            _network(
+                network,
+                states.get(network.id, NetworkState()),
+                settings.rule,
+                own,
+                rdma_encrypted=rdma_encrypted,
+            )
             for network in sorted(networks, key=lambda item: item.id)
             if network.id in used
         ),
@@ -127,7 +136,9 @@ def facts(
     )
 
 
-def _network(network: Network, state: NetworkState, rule: Rule, own: ThisHost) -> NetworkFact:
+def _network(
+    network: Network, state: NetworkState, rule: Rule, own: ThisHost, *, rdma_encrypted: bool
+) -> NetworkFact:
     operations = options.upgrade_operations(network.options)
     subnets = [str(subnet.pool) for subnet in network.subnets]
     if network.ipv6:
@@ -136,7 +147,8 @@ def _network(network: Network, state: NetworkState, rule: Rule, own: ThisHost) -
         id=network.id,
         name=state.view.name if state.view is not None else "",
         acceleration=network.acceleration,
-        rdma=options.rdma(network.options),
+        rdma=options.rdma(network.options) and (rdma_encrypted or not network.encrypted),
+        encrypted=network.encrypted,
         relay=options.relay(network.options),
         verbs=options.verbs(network.options),
         verbs_direct=options.verbs_direct(network.options),
@@ -178,8 +190,13 @@ class Accelerator:
         inode: Callable[[Path], int | None] = inode_of,
         own: Callable[[], ThisHost] = ThisHost,
         others: Callable[[], Sequence[OtherNetwork]] = tuple,
+        encryption: Callable[[], EncryptionKeys | None] = lambda: None,
+        *,
+        rdma_encrypted: bool = False,
     ) -> None:
-        """`others`: accelerated networks of other drivers."""
+        """`others`: accelerated networks of other drivers. `encryption`: this host's public keys.
+        `rdma_encrypted`: the user says that the cards encrypt, so RDMA may serve encrypted
+        networks."""
         self._store = store
         self._sandboxes = sandboxes
         self._router = router
@@ -188,6 +205,8 @@ class Accelerator:
         self._inode = inode
         self._own = own
         self._others = others
+        self._encryption = encryption
+        self._rdma_encrypted = rdma_encrypted
         self._sent: RouterSnapshot | None = None
         self._sent_at = float("-inf")
         self._send_again = False
@@ -270,7 +289,9 @@ class Accelerator:
             homes,
             self._settings,
             host,
+            rdma_encrypted=self._rdma_encrypted,
         )
+        own = replace(own, encryption=self._encryption())
         found = with_others(own, self._others(), look, host.addresses)
         self._missing = missing
         return found

@@ -14,7 +14,7 @@ from typing import Final
 
 from driver import options as opt
 from driver.errors import Conflict, InvalidRequest
-from driver.model import FORMAT, Network, Subnet
+from driver.model import ENCRYPTED_FORMAT, FORMAT, Network, Subnet
 
 _SWARM_ID_LENGTH: Final = 25
 
@@ -91,7 +91,7 @@ def network(
     generic: Mapping[str, str],
     *,
     port: int,
-    default_mtu: Callable[[], int],
+    default_mtu: Callable[[bool], int],
     taken: Mapping[int, str],
     subnets: tuple[Subnet, ...] = (),
     ipv6: bool = False,
@@ -101,7 +101,8 @@ def network(
     """The network with these options.
 
     `generic` are the user's options (-o) and those that an earlier allocation added. `taken` maps
-    VNIs in use to their networks; `default_mtu` is called only if no option gives the MTU.
+    VNIs in use to their networks; `default_mtu` is called only if no option gives the MTU, with
+    whether the network is encrypted.
 
     Raises:
         InvalidRequest: see `options.parse` and `check_subnets`.
@@ -121,21 +122,24 @@ def network(
         id=network_id,
         vni=vni or vni_for(network_id, others),
         port=parsed.own_port or port,
-        mtu=parsed.own_mtu or parsed.mtu or default_mtu(),
+        mtu=parsed.own_mtu or parsed.mtu or default_mtu(parsed.encrypted),
         prefix6=parsed.prefix6 or parsed.own_prefix6 or prefix6_for(network_id),
         subnets=subnets,
         ipv6=ipv6 or parsed.ipv6,
         internal=internal,
         acceleration=parsed.acceleration,
         overlay=overlay,
-        format=parsed.own_format or FORMAT,
+        encrypted=parsed.encrypted,
+        format=parsed.own_format or (ENCRYPTED_FORMAT if parsed.encrypted else FORMAT),
         options=dict(generic),
     )
 
 
 def choices(chosen: Network) -> dict[str, str]:
     """The choices, as options."""
-    return {
+    # Under the user's name of it: hosts of an earlier version refuse it.
+    encrypted = {opt.ENCRYPTED: "true"} if chosen.encrypted else {}
+    return encrypted | {
         opt.FORMAT: str(chosen.format),
         opt.VNI: str(chosen.vni),
         opt.PORT: str(chosen.port),

@@ -41,6 +41,7 @@ from driver.model import (
     Network,
     Subnet,
 )
+from driver.options import MTU_RANGE
 from driver.ports import Kernel
 from driver.store import Store
 
@@ -49,7 +50,7 @@ log = structlog.get_logger()
 _ID: Final = re.compile(r"[0-9a-f]{64}|[0-9a-z]{25}")
 """Local networks and endpoints: 64 hexadecimal characters; Swarm's networks: 25 of [0-9a-z]."""
 _SELF_ADDRESS: Final = "self_address"
-_FIXED_IN_USE: Final = ("vni", "port", "prefix6", "subnets", "overlay", "format")
+_FIXED_IN_USE: Final = ("vni", "port", "prefix6", "subnets", "overlay", "encrypted", "format")
 """Fields on which kernel objects or other hosts rely while the network is in use."""
 LOCAL_MTU: Final = 1500
 """MTU of a network that doesn't leave the host."""
@@ -57,11 +58,15 @@ LOCAL_MTU: Final = 1500
 
 @dataclass(frozen=True, slots=True)
 class DriverConfig:
-    """The settings that the driver needs. `mtu` None: that of the underlay, less the overhead."""
+    """The settings that the driver needs. `mtu` None: that of the underlay, less the overhead.
+
+    `encrypted`: new networks are, unless their options say otherwise.
+    """
 
     scope: str = "global"
     port: int = 4799
     mtu: int | None = None
+    encrypted: bool = False
 
     @property
     def overlay(self) -> bool:
@@ -158,10 +163,14 @@ class Driver:
 
     # --- networks, on the Swarm's leader
 
-    def _default_mtu(self) -> int:
-        if self.config.mtu is not None:
-            return self.config.mtu
-        return self.kernel.underlay_mtu() if self.config.overlay else LOCAL_MTU
+    def _default_mtu(self, encrypted: bool) -> int:
+        chosen = self.config.mtu
+        if not self.config.overlay:
+            return LOCAL_MTU if chosen is None else chosen
+        if chosen is not None and not encrypted:
+            return chosen
+        # The setting knows nothing of encryption, which takes its part of each packet.
+        return min(self.kernel.underlay_mtu(encrypted=encrypted), chosen or MTU_RANGE.stop)
 
     def allocate_network(self, network_id: str, generic: Mapping[str, str]) -> dict[str, str]:
         """Choose what all hosts must agree on. A repeated call, also to a new leader, gets the
@@ -173,6 +182,8 @@ class Driver:
         _check_id("network", network_id)
         with self._allocation_lock:
             known = self.store.allocation(network_id)
+            if known is None and self.config.encrypted:
+                generic = {options.ENCRYPTED: "true", **generic}
             chosen = self._chosen(network_id, known, generic)
             if chosen != known:
                 self.store.put_allocation(chosen)
@@ -507,7 +518,7 @@ def _check_clash(store: Store, chosen: Network) -> None:
 def _check_change(store: Store, known: Network, chosen: Network) -> None:
     changed = [
         name
-        for name in ("vni", "port", "prefix6", "subnets", "overlay", "format", "mtu", "ipv6")
+        for name in (*_FIXED_IN_USE, "mtu", "ipv6")
         if getattr(known, name) != getattr(chosen, name)
     ]
     fixed = [name for name in changed if name in _FIXED_IN_USE]

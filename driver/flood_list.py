@@ -21,6 +21,9 @@ REPAIR_EVERY: Final = 10.0
 """Seconds after which an unchanged flood list is checked again: others may have changed it."""
 
 
+Reach = Callable[[Network, frozenset[IPAddress]], frozenset[IPAddress]]
+
+
 def _task_addresses(services: Collection[Service]) -> set[IPv4Address]:
     return {task.address for service in services for task in service.tasks}
 
@@ -37,8 +40,12 @@ class _Done:
 class FloodLists:
     """The last setting of each network is remembered. One thread per network at a time."""
 
-    def __init__(self, kernel: Kernel, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, kernel: Kernel, clock: Callable[[], float], reach: Reach = lambda _, peers: peers
+    ) -> None:
+        """`reach`: the addresses to which a network's packets for peers go."""
         self._kernel = kernel
+        self._reach = reach
         self._clock = clock
         self._done: dict[str, _Done] = {}
 
@@ -69,7 +76,8 @@ class FloodLists:
                 cause="this host's own address among them isn't known yet",
                 remedy="check the engine: docker info",
             )
-        peers = frozenset(peer.address for peer in view.peers) - frozenset(own)
+        listed = frozenset(peer.address for peer in view.peers) - frozenset(own)
+        peers = self._reach(network, listed)
         # The first endpoint makes a new device, so a change of the endpoints sets the list again.
         wanted = frozenset(endpoints)
         now = self._clock()

@@ -20,6 +20,8 @@ IPInterface = IPv4Interface | IPv6Interface
 FORMAT: Final = 1
 """Version of the rules that all hosts of a network share (VXLAN, derived addresses), fixed when the
 network is allocated."""
+ENCRYPTED_FORMAT: Final = 2
+"""The same of encrypted networks: hosts of an earlier version refuse them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Network:
 
     `mtu` is that of the containers' interfaces, in bytes. IPv6 addresses are derived from
     `prefix6`. `port` is the VXLAN UDP port on the underlay. `overlay` is false where there are no
-    other hosts (SCOPE=local).
+    other hosts (SCOPE=local). `encrypted`: what leaves the host is encrypted, or isn't sent.
     """
 
     id: str
@@ -49,6 +51,7 @@ class Network:
     internal: bool = False
     acceleration: bool = True
     overlay: bool = True
+    encrypted: bool = False
     format: int = FORMAT
     options: dict[str, str] = field(default_factory=dict)
 
@@ -77,6 +80,21 @@ class Peer:
 
     name: str
     address: IPAddress
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptedPeer:
+    """A host that shares an encrypted network, and the public keys of its two WireGuard devices.
+
+    `node` is the ID in its certificate; inner addresses are derived from it. `slot` is the device
+    by which it sends, `port` the UDP port of the first one.
+    """
+
+    node: str
+    address: IPAddress
+    keys: tuple[str, str]
+    slot: int
+    port: int
 
 
 @dataclass(frozen=True, slots=True)

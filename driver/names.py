@@ -10,10 +10,13 @@ from typing import Final
 
 BRIDGE: Final = "ffb"
 VXLAN: Final = "ffx"
+ENCRYPTED: Final = "ffe"
+"""VXLAN devices of encrypted networks: the name says where their packets go."""
+WIREGUARD: Final = "ffw"
 HOST_VETH: Final = "ffh"
 CONTAINER_VETH: Final = "ffc"
 PAIR: Final = "ffu"
-PREFIXES: Final = (BRIDGE, VXLAN, HOST_VETH, CONTAINER_VETH, PAIR)
+PREFIXES: Final = (BRIDGE, VXLAN, ENCRYPTED, HOST_VETH, CONTAINER_VETH, PAIR)
 
 INSIDE: Final = PAIR + "0"
 """The veth pair between the namespaces: its end in the overlay namespace,"""
@@ -37,8 +40,12 @@ def bridge(network_id: str) -> str:
     return BRIDGE + short(network_id)
 
 
-def vxlan(network_id: str) -> str:
-    return VXLAN + short(network_id)
+def vxlan(network_id: str, *, encrypted: bool = False) -> str:
+    return (ENCRYPTED if encrypted else VXLAN) + short(network_id)
+
+
+def wireguard(slot: int) -> str:
+    return f"{WIREGUARD}{slot}"
 
 
 def host_veth(endpoint_id: str) -> str:

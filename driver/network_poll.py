@@ -19,7 +19,7 @@ from driver.balance import balances
 from driver.dns_tasks import DnsTasks
 from driver.driver import Driver
 from driver.errors import EngineError, FreeFlowError, NotFound
-from driver.flood_list import FloodLists
+from driver.flood_list import FloodLists, Reach
 from driver.model import Endpoint, EngineView, Network, NetworkView
 from driver.ports import Directory, TaskResolver
 from driver.sync_state import SyncState
@@ -59,7 +59,8 @@ class EngineWatch:
 class NetworkPoll:
     """Polls a network at a time, each network in one thread at a time.
 
-    `wake_loop` makes the sync loop check its schedule; `changed` is called after a new state.
+    `wake_loop` makes the sync loop check its schedule; `changed` is called after a new state;
+    `reach`: see `FloodLists`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class NetworkPoll:
         engine: EngineWatch,
         wake_loop: Callable[[], None],
         changed: Callable[[], None],
+        reach: Reach,
     ) -> None:
         self._state = state
         self._driver = driver
@@ -79,7 +81,7 @@ class NetworkPoll:
         self._wake_loop = wake_loop
         self._changed = changed
         self._dns_tasks = DnsTasks(resolver, state.clock)
-        self._flood_lists = FloodLists(driver.kernel, state.clock)
+        self._flood_lists = FloodLists(driver.kernel, state.clock, reach)
         self._failing: set[str] = set()
         """Networks whose failure has been logged."""
 

@@ -51,6 +51,7 @@ HINTS: Final = {
 }
 
 OWN_PREFIX: Final = "freeflow."
+ENCRYPTED: Final = "encrypted"
 FORMAT: Final = "freeflow.format"
 VNI: Final = "freeflow.vni"
 PORT: Final = "freeflow.port"
@@ -77,6 +78,7 @@ class NetworkOptions:
     verbs: bool = True
     verbs_direct: bool = False
     ebpf: bool = True
+    encrypted: bool = False
     balance: str = EVEN
     upgrade_operations: int | None = None
     own_format: int | None = None
@@ -201,6 +203,14 @@ def ebpf(options: Mapping[str, str]) -> bool:
     return _switch("ebpf", options.get("ebpf", "on"))
 
 
+def encrypted(options: Mapping[str, str]) -> bool:
+    """Whether what leaves the host is encrypted. Raises InvalidRequest.
+
+    An empty value is on, as with Docker's overlay (`--opt encrypted`).
+    """
+    return _switch(ENCRYPTED, options.get(ENCRYPTED, "off") or "on")
+
+
 def rdma(options: Mapping[str, str]) -> bool:
     """Whether connections of a network may move to RDMA. Raises InvalidRequest."""
     return _switch("rdma", options.get("rdma", "on"))
@@ -245,6 +255,7 @@ def parse(options: Mapping[str, str]) -> NetworkOptions:
         verbs=verbs(options),
         verbs_direct=verbs_direct(options),
         ebpf=ebpf(options),
+        encrypted=encrypted(options),
         balance=balance(options),
         upgrade_operations=upgrade_operations(options),
         own_format=own_format,

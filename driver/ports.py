@@ -79,8 +79,9 @@ class Kernel(Protocol):
     def inventory(self) -> Inventory:
         """The objects that exist, whichever process made them."""
 
-    def underlay_mtu(self) -> int:
-        """The containers' MTU in bytes: that of the underlay, less the overhead of VXLAN."""
+    def underlay_mtu(self, *, encrypted: bool = False) -> int:
+        """The containers' MTU in bytes: that of the underlay, less the overhead of VXLAN, and of
+        encryption."""
 
     def cleanup(self) -> list[str]:
         """Remove all our objects from the kernel; returns their names."""

@@ -39,6 +39,7 @@ class _Network(msgspec.Struct):
     internal: bool = False
     acceleration: bool = True
     overlay: bool = True
+    encrypted: bool = False
     format: int = FORMAT
     options: dict[str, str] = {}
 

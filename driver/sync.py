@@ -27,6 +27,7 @@ import structlog
 
 from driver.driver import Driver
 from driver.errors import FreeFlowError, KernelError
+from driver.flood_list import Reach
 from driver.model import Endpoint, EngineView, VipTable
 from driver.network_poll import EngineWatch, NetworkPoll
 from driver.ports import Balancer, Directory, TaskResolver
@@ -65,6 +66,7 @@ class Syncer:
         collect: Callable[[], object] = lambda: None,
         engine_seen: Callable[[EngineView], None] = lambda view: None,
         changed: Callable[[], None] = lambda: None,
+        reach: Reach = lambda _, peers: peers,
     ) -> None:
         self._driver = driver
         self._collect = collect
@@ -72,7 +74,7 @@ class Syncer:
         self._engine = EngineWatch(directory, self._state, engine_seen)
         self._labels = ServiceLabels(directory, self._state, self._engine, self._wake)
         self._poll = NetworkPoll(
-            self._state, driver, directory, resolver, self._engine, self._wake, changed
+            self._state, driver, directory, resolver, self._engine, self._wake, changed, reach
         )
         self._writer = VipWriter(self._state, balancer, changed)
         self._wakeup: Wakeup | None = None

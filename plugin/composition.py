@@ -19,6 +19,7 @@ from dataplane.router_client import RouterClient
 from driver.accelerator import Accelerator, ThisHost
 from driver.announcer import Announcer
 from driver.driver import Driver, DriverConfig, self_address
+from driver.encryption import Encryption
 from driver.engine import DockerDirectory
 from driver.errors import FreeFlowError, SettingError
 from driver.hints import Hints
@@ -92,8 +93,15 @@ class Changes:
     on_synced: list[Callable[[], None]] = field(default_factory=list)
     """Peers, services or VIPs have changed."""
 
+    on_encryption: list[Callable[[], None]] = field(default_factory=list)
+    """Keys of this host or of peers have changed."""
+
     def wake(self) -> None:
         for listener in self.on_wake:
+            listener()
+
+    def encryption_changed(self) -> None:
+        for listener in self.on_encryption:
             listener()
 
     def joined(self, endpoint: Endpoint) -> None:
@@ -118,14 +126,17 @@ class HostState:
     def advertised(self) -> IPAddress | None:
         return self_address(self.store)
 
-    def own(self, kernel: LinuxKernel) -> ThisHost:
+    def addresses(self) -> frozenset[IPAddress]:
+        """Those by which other hosts know this one."""
         known = {self.advertised(), self.listed}
+        return frozenset(address for address in known if address is not None)
+
+    def own(self, kernel: LinuxKernel) -> ThisHost:
         try:
             underlay, segments = kernel.underlay().address, kernel.segments_tunnels()
         except FreeFlowError:
             underlay = segments = None
-        addresses = frozenset(address for address in known if address is not None)
-        return ThisHost(addresses, underlay or self.advertised(), segments)
+        return ThisHost(self.addresses(), underlay or self.advertised(), segments)
 
     def engine_seen(self, driver: Driver, view: EngineView) -> None:
         """The engine has answered; called by the sync loop."""
@@ -152,6 +163,7 @@ class Core:
     accelerator: Accelerator
     others: OtherNetworks
     router: RouterClient
+    encryption: Encryption
 
 
 def compose(
@@ -181,6 +193,7 @@ def compose(
         kernel=core.kernel,
         syncer=core.syncer,
         router=core.router,
+        encryption=core.encryption.state,
         statistics=statistics,
         settings=settings,
         bad_settings=bad_settings,
@@ -220,6 +233,16 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
     config = DriverConfig(settings.scope, settings.vxlan_port, settings.mtu)
     driver = Driver(host.store, kernel, config, clock=time.time)
     directory = DockerDirectory(paths.engine_socket)
+    client = RouterClient(paths.host_run / CONTROL)
+    encryption = Encryption(
+        host.store,
+        kernel.encryption,
+        client,
+        states=lambda: syncer.state(),
+        own=host.addresses,
+        changed=changes.encryption_changed,
+    )
+    kernel.outer = encryption.outer
     syncer = Syncer(
         driver,
         directory,
@@ -231,6 +254,7 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
         collect=Collector(driver, directory, time.monotonic).collect,
         engine_seen=lambda view: host.engine_seen(driver, view),
         changed=changes.synced,
+        reach=encryption.reach,
     )
     others = OtherNetworks(
         directory,
@@ -238,7 +262,6 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
         on=settings.other_networks == "on",
         changed=changes.synced,
     )
-    client = RouterClient(paths.host_run / CONTROL)
     accelerator = Accelerator(
         host.store,
         syncer,
@@ -246,13 +269,15 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
         router_settings(settings),
         own=lambda: host.own(kernel),
         others=others.known,
+        encryption=encryption.keys,
     )
-    return Core(host, kernel, driver, directory, syncer, accelerator, others, client)
+    return Core(host, kernel, driver, directory, syncer, accelerator, others, client, encryption)
 
 
 def _subscribe(changes: Changes, core: Core, ipv6_override: Ipv6Override) -> None:
     core.driver.on_change(changes.wake, changes.joined)
-    changes.on_wake += [core.syncer.wake, core.accelerator.wake]
+    changes.on_wake += [core.syncer.wake, core.accelerator.wake, core.encryption.wake]
+    changes.on_encryption += [core.accelerator.wake, core.syncer.wake]
     changes.on_synced += [core.accelerator.wake, lambda: _guard_routers(core)]
     changes.on_joined += [
         Announcer(core.kernel).endpoint_joined,
@@ -311,6 +336,7 @@ def _parts(
         yield core.others
         yield core.accelerator
         yield router
+        yield core.encryption
 
 
 def _exporter(answers: AdminAnswers, settings: Settings, address: tuple[str, int]) -> Part:

@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 
 from driver.kernel.bpffs import PINS
-from driver.kernel.namespace import OVERLAY_PIN
+from driver.kernel.namespace import ENCRYPTION_PIN, OVERLAY_PIN
 from driver.kernel.shared_dir import VISIBLE
 
 log = structlog.get_logger()
@@ -49,7 +49,7 @@ exec unshare --mount sh -c '
     mkdir -p "$root/host/run" "$root/host/bin" && mount --rbind /run "$root/host/run" || exit 2
     mount --bind "$here" "$root/host/bin" || exit 2
     # Keep only the copy: neither path alone can unmount what is mounted twice.
-    for each in {pin} {public} {pins}; do umount -l "/run/$each" 2>/dev/null; done
+    for each in {pin} {encryption} {public} {pins}; do umount -l "/run/$each" 2>/dev/null; done
     if [ -d "$root/../propagated-mount" ]; then
         mkdir -p "$root/state" && mount --bind "$root/../propagated-mount" "$root/state" || exit 2
     fi
@@ -74,7 +74,12 @@ def plugin_id(mountinfo: str) -> str | None:
 def script(root: str) -> str:
     """The script for a plugin whose root file system is `root` on the host."""
     return _SCRIPT.format(
-        pin=OVERLAY_PIN, public=VISIBLE, pins=PINS, mark=MARK, root=shlex.quote(root)
+        pin=OVERLAY_PIN,
+        encryption=ENCRYPTION_PIN,
+        public=VISIBLE,
+        pins=PINS,
+        mark=MARK,
+        root=shlex.quote(root),
     )
 
 

@@ -142,6 +142,21 @@ def _reasons(counts: Mapping[str, int]) -> Iterable[Sample]:
     return [((word,), float(count)) for word, count in sorted(counts.items())]
 
 
+def _encrypted_peers(status: Status) -> list[Sample]:
+    peers = status.encryption.peers if status.encryption is not None else []
+    encrypted = sum(bool(peer.data) for peer in peers)
+    return [(("up",), float(encrypted)), (("down",), float(len(peers) - encrypted))]
+
+
+def _handshakes(status: Status) -> list[Sample]:
+    peers = status.encryption.peers if status.encryption is not None else []
+    return [
+        ((peer.name or peer.address,), peer.handshake)
+        for peer in peers
+        if peer.handshake is not None
+    ]
+
+
 METRICS: Final = (
     _gauge(
         "freeflow_build_info",
@@ -236,6 +251,28 @@ METRICS: Final = (
         "1, with the stage of the eBPF fast path that runs as a label",
         lambda status: [((status.fastpath.stage or "off",), 1.0)] if status.fastpath else [],
         ("stage",),
+    ),
+    _gauge(
+        "freeflow_encrypted_networks",
+        "Networks known on this host that are encrypted between hosts",
+        _value(lambda status: sum(network.encrypted for network in status.networks)),
+    ),
+    _gauge(
+        "freeflow_encryption_peers",
+        "Other hosts on encrypted networks; down: nothing is sent to them",
+        _encrypted_peers,
+        ("state",),
+    ),
+    _gauge(
+        "freeflow_encryption_handshake_age_seconds",
+        "Time since WireGuard's last handshake with another host",
+        _handshakes,
+        ("host",),
+    ),
+    _gauge(
+        "freeflow_encryption_key_age_seconds",
+        "Time for which this host has used its key",
+        lambda status: [((), status.encryption.rotated)] if status.encryption is not None else [],
     ),
     _counter(
         "freeflow_deaths",

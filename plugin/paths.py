@@ -23,6 +23,8 @@ Listed = TypeVar("Listed", Connections, TrafficFacts)
 
 OVERLAY: Final = "overlay"
 FAST: Final = "overlay+ebpf"
+ENCRYPTED_BY: Final = {OVERLAY: "wireguard", "relay": "aes-256-gcm", "rdma": "the devices"}
+"""What encrypts the connections of an encrypted network to other hosts, by path."""
 PATHS: Final = (OVERLAY, FAST, "shm", "rdma", "relay")
 _ELSEWHERE: Final = ("remote", "foreign")
 """Words of reasons: the peer is on another host; it is on no FreeFlow network."""
@@ -44,9 +46,14 @@ class PathLabels:
 
         def relabel(connection: ConnectionFact) -> ConnectionFact:
             network = networks.get(connection.network)
-            if connection.path != OVERLAY or network is None:
+            if network is None:
                 return connection
             address = ip_address(connection.remote.rpartition(":")[0].strip("[]"))
+            if network.encrypted and (network.id, address) not in macs:
+                encryption = ENCRYPTED_BY.get(connection.path, "")
+                connection = msgspec.structs.replace(connection, encryption=encryption)
+            if connection.path != OVERLAY:
+                return connection
             key = (network.id, str(address))
             if key not in known:
                 known[key] = self._reached(network, address, macs)

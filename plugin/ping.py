@@ -29,7 +29,7 @@ from driver.model import Endpoint, IPAddress, Network
 from plugin.echo import Prober, probe
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
 from plugin.lookup import resolve
-from plugin.paths import FAST, OVERLAY
+from plugin.paths import ENCRYPTED_BY, FAST, OVERLAY
 
 MAX_COUNT: Final = 20
 
@@ -62,6 +62,9 @@ class PingResult(msgspec.Struct, frozen=True):
     tcp: str = ""
     reason: str = ""
     name: str = ""
+    encryption: str = ""
+    """What encrypts the echoes; empty: they don't leave the host, or the network isn't
+    encrypted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -116,6 +119,7 @@ class Ping:
             tcp=tcp,
             reason=reason,
             name=name,
+            encryption=ENCRYPTED_BY[OVERLAY] if network.encrypted and not local else "",
         )
 
     def _target(self, wanted: str) -> tuple[IPAddress, str]:

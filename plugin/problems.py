@@ -11,12 +11,13 @@ from typing import Final
 
 from dataplane.control import OWNED
 from driver.errors import FreeFlowError, KernelError, SettingError
+from driver.kernel.encryption_namespace import encrypted_overhead
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
 from driver.kernel.underlay import Underlay
 from plugin.deaths import OFTEN, RECENT, ROUTER, THREAD, WORKER
 from plugin.settings import Settings, correction
-from plugin.status import Finding, NetworkStatus, OtherNetworkStatus, PartStatus
+from plugin.status import EncryptionStatus, Finding, NetworkStatus, OtherNetworkStatus, PartStatus
 
 STALE: Final = 10.0
 """Seconds after which a network that can't be synced is a problem, not a hiccup."""
@@ -80,13 +81,14 @@ def underlay(
     if settings.scope != "global":
         # Networks of one host alone don't use it.
         return
-    most = found.mtu - found.overhead
     for network in networks:
+        taken = encrypted_overhead(found) if network.encrypted else found.overhead
+        most = found.mtu - taken
         if network.endpoints and network.mtu > most:
             yield Finding(
                 "error",
                 f"network {_name(network)}: its MTU of {network.mtu} doesn't fit the underlay",
-                f"{found.device} carries packets of {found.mtu} bytes, of which {found.overhead} "
+                f"{found.device} carries packets of {found.mtu} bytes, of which {taken} "
                 "are overhead",
                 f"recreate it with -o mtu={most}, or raise the MTU of {found.device}",
             )
@@ -100,6 +102,28 @@ def engine(error: str | None) -> Iterator[Finding]:
             error,
             "systemctl status docker",
         )
+
+
+def encryption(found: EncryptionStatus | None) -> Iterator[Finding]:
+    """Hosts that share an encrypted network and to which nothing can be sent."""
+    if found is None:
+        return
+    if found.error:
+        yield Finding(
+            "error",
+            "encrypted networks: keys or peers are not up to date",
+            found.error,
+            "freeflow doctor",
+        )
+    for peer in found.peers:
+        if not peer.data:
+            yield Finding(
+                "warning",
+                f"encrypted networks: nothing is sent to host {peer.name or peer.address}",
+                peer.reason,
+                f"open UDP ports {found.port} and {found.port + 1}, and the session port, between "
+                "the hosts, and run this version on both; freeflow status there says more",
+            )
 
 
 def stale_networks(networks: Iterable[NetworkStatus]) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from dataplane.control import RdmaFacts
 from dataplane.errors import DataplaneError
 from driver import names, options
 from driver.driver import Driver
+from driver.encryption import EncryptionState
 from driver.errors import FreeFlowError, SettingError
 from driver.kernel.fastpath import Stage
 from driver.kernel.guard import Guarded
@@ -24,11 +25,13 @@ from driver.sync import NetworkState
 from plugin import problems
 from plugin.calls import CallStatistics
 from plugin.deaths import Deaths
+from plugin.encryption_status import encryption_status
 from plugin.facts import KernelFacts, RouterFacts, SyncFacts
 from plugin.paths import FAST, OVERLAY, PATHS, relabel
 from plugin.services import service_status
 from plugin.settings import HIDDEN, SETTINGS, Settings
 from plugin.status import (
+    EncryptionStatus,
     EndpointStatus,
     FastPathStatus,
     Finding,
@@ -128,6 +131,7 @@ class Snapshot:
     deaths: Deaths = field(default_factory=Deaths)
     totals: Totals = field(default_factory=lambda: Totals(3))
     others: Callable[[], Sequence[OtherNetwork | RefusedNetwork]] = tuple
+    encryption: Callable[[], EncryptionState | None] = lambda: None
 
     def __call__(self) -> Status:
         now = self.clock()
@@ -136,7 +140,9 @@ class Snapshot:
         networks = self._networks(now, stage)
         others = [_other(network) for network in self.others()]
         findings = self._problems(networks, others, stage, guarded)
-        router = self._router(now, findings, stage)
+        router = self._router(now, findings, stage, networks)
+        encryption = self._encryption(router)
+        findings.extend(problems.encryption(encryption))
         counts = Counter(dict.fromkeys(PATHS, 0))
         for entry in router.paths:
             counts[entry.path] += entry.count
@@ -160,7 +166,19 @@ class Snapshot:
             ),
             parts=self.deaths.all(),
             other_networks=others,
+            encryption=encryption,
         )
+
+    def _encryption(self, router: RouterStatus) -> EncryptionStatus | None:
+        """What encrypts the packets to each host that shares an encrypted network."""
+        state = self.encryption()
+        if state is None:
+            return None
+        engine, _ = self.syncer.engine()
+        known = {str(ip): name for ip, name in (engine.hostnames if engine else {}).items()}
+        facts = router.rdma.hosts if router.rdma is not None else ()
+        sessions = {host.address for host in facts if host.session}
+        return encryption_status(state, known, sessions)
 
     def _networks(self, now: float, stage: Stage) -> list[NetworkStatus]:
         states = self.syncer.state()
@@ -188,7 +206,9 @@ class Snapshot:
             found.append(_with_sums(status, sums[network.id]))
         return found
 
-    def _router(self, now: float, findings: list[Finding], stage: Stage) -> RouterStatus:
+    def _router(
+        self, now: float, findings: list[Finding], stage: Stage, networks: list[NetworkStatus]
+    ) -> RouterStatus:
         """The router's own account; a finding is added if it doesn't answer."""
         try:
             statistics = self.router.statistics()
@@ -200,11 +220,12 @@ class Snapshot:
             return RouterStatus(up=False)
 
         findings.extend(problems.bugs(statistics.bugs))
+        encrypted = {network.id for network in networks if network.encrypted}
 
         def runs(network: str, elsewhere: bool) -> bool:
             """Whether the fast path runs on a network."""
             return names.short(network) in stage.networks and (
-                not elsewhere or stage.stage == "tunnel"
+                not elsewhere or (stage.stage == "tunnel" and network not in encrypted)
             )
 
         facts = msgspec.structs.asdict(statistics) | {
@@ -256,6 +277,7 @@ class Snapshot:
             ipv6=network.ipv6,
             path=FAST if names.short(network.id) in stage.networks else OVERLAY,
             acceleration=network.acceleration,
+            encrypted=network.encrypted,
             verbs=network.acceleration and options.verbs(network.options),
             endpoints=[
                 _endpoint(endpoint, containers.get(endpoint.id, ""), counts)

@@ -107,6 +107,8 @@ class NetworkStatus(msgspec.Struct, frozen=True):
     spoofed: int = 0
     verbs: bool = True
     """Whether containers have a device of verbs on it, unless `VERBS` is off."""
+    encrypted: bool = False
+    """Whether what leaves the host is encrypted, or isn't sent."""
 
 
 class OtherNetworkStatus(msgspec.Struct, frozen=True):
@@ -177,6 +179,45 @@ class PartStatus(msgspec.Struct, frozen=True):
     name: str = ""
 
 
+class EncryptedPeerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A host that shares an encrypted network.
+
+    `control`: what encrypts what the hosts' routers say to each other, `data` what encrypts the
+    containers' packets; empty: nothing passes, and `reason` says why. `handshake`: seconds since
+    WireGuard's last one; null: there was none. `received` and `sent` are bytes, since the peer's
+    key is known.
+    """
+
+    address: str
+    name: str = ""
+    node: str = ""
+    inner: str = ""
+    control: str = ""
+    data: str = ""
+    handshake: float | None = None
+    received: int = 0
+    sent: int = 0
+    reason: str = ""
+    silent: list[int] = []
+    """UDP ports of the host with which there was no handshake lately, though there should be."""
+
+
+class EncryptionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The encryption of this host's encrypted networks.
+
+    `slot`: the device by which it sends. `port`: UDP port of the first device, that of the second
+    is the next one. `rotated`: seconds since the key that it sends with came into use. `error`: why
+    keys or peers are not up to date.
+    """
+
+    by: str = "wireguard"
+    slot: int = 0
+    port: int = 0
+    rotated: float = 0.0
+    error: str = ""
+    peers: list[EncryptedPeerStatus] = []
+
+
 class HostStatus(msgspec.Struct, frozen=True):
     """This host. `engine` is empty while the engine doesn't answer."""
 
@@ -239,3 +280,5 @@ class Status(msgspec.Struct, frozen=True):
     guard: GuardStatus | None = None
     parts: list[PartStatus] = []
     other_networks: list[OtherNetworkStatus] = []
+    encryption: EncryptionStatus | None = None
+    """Null: no container of this host is on an encrypted network."""

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import structlog
 
 from dataplane import control
@@ -132,6 +133,8 @@ class InterHost:
         if not self._equipment.memory:
             needed = self.remotes.hosts.sharing(Transport.RDMA)
             self._scanner.use(knowledge.underlay if needed else None)
+        # First: what the relay encrypts may not be enough any more.
+        self._decide()
         self.remotes.learned()
         self._decide()
 
@@ -158,19 +161,23 @@ class InterHost:
 
     def _decide(self) -> None:
         """Announce what this host has, and start the relay if another host can use it."""
-        device, settings = self.scanned.device, self._pairing.knowledge.settings
+        device, knowledge = self.scanned.device, self._pairing.knowledge
+        settings, keys = knowledge.settings, knowledge.encryption
         relay = self._transports[Transport.RELAY]
         why_not = self._why_no_relay()
         self.sessions.introduce(
-            data_path=str(self._pairing.knowledge.underlay or ""),
+            data_path=str(knowledge.underlay or ""),
             rdma=device is not None,
             ring=settings.remote_ring,
             relay=not why_not and not relay.failure,
             relay_ring=settings.relay_ring,
-            relay_encryption=settings.relay_encryption,
-            tunnel_offload=self._pairing.knowledge.offload,
+            relay_encryption=knowledge.relay_encryption,
+            tunnel_offload=knowledge.offload,
             verbs=settings.verbs,
             verbs_cm=settings.verbs,
+            wireguard=() if keys is None else keys.keys,
+            wireguard_slot=0 if keys is None else keys.slot,
+            wireguard_port=0 if keys is None else keys.port,
         )
         hellos = self.remotes.hellos()
         self._transports[Transport.RDMA].decide(
@@ -179,7 +186,7 @@ class InterHost:
             others=any(hello.rdma for hello in hellos),
         )
         tcp = relay_wire.RelayOpen(
-            "", 0, 0, relay.kind, settings.relay_spin, ENCRYPTION[settings.relay_encryption]
+            "", 0, 0, relay.kind, settings.relay_spin, ENCRYPTION[knowledge.relay_encryption]
         )
         relay.decide(None if why_not else tcp, why_not, others=any(hello.relay for hello in hellos))
 
@@ -238,8 +245,10 @@ class InterHost:
 
     def facts(self) -> tuple[control.RdmaFacts, control.RelayFacts]:
         """What `freeflow status` and metrics show of it."""
-        settings = self._pairing.knowledge.settings
-        now = self._loop.now()
+        knowledge, now = self._pairing.knowledge, self._loop.now()
+        settings = msgspec.structs.replace(
+            knowledge.settings, relay_encryption=knowledge.relay_encryption
+        )
         return (
             rdma_facts(self.remotes, self.scanned, settings, self._counters, now),
             relay_facts(self.remotes, settings),

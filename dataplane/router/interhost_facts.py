@@ -65,6 +65,24 @@ def relay_facts(remotes: Remotes[Sessions], settings: control.RouterSettings) ->
     )
 
 
+def encryption_facts(remotes: Remotes[Sessions]) -> control.EncryptionFacts:
+    """The keys that hosts with a session have announced. The node is the certificate's."""
+    return control.EncryptionFacts(
+        node=remotes.sessions.node,
+        peers=tuple(
+            control.PeerKeys(
+                address=str(host.address),
+                node=host.hello.node,
+                keys=host.hello.wireguard,
+                slot=host.hello.wireguard_slot,
+                port=host.hello.wireguard_port,
+            )
+            for host in remotes.hosts
+            if host.hello is not None
+        ),
+    )
+
+
 def _live(remotes: Remotes[Sessions], transport: Transport) -> int:
     return sum(
         one.state.phase in LIVE and one.state.transport is transport for one in remotes.connections

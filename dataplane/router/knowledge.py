@@ -54,6 +54,8 @@ class KnownNetwork:
     """Whether their peers may map registered memory."""
     peers: frozenset[IPAddress] = frozenset()
     """The other hosts that share the network."""
+    encrypted: bool = False
+    """Whether what leaves the host is encrypted, or isn't sent."""
     everywhere: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
     """VIP to the addresses of its tasks on all hosts."""
     leading: dict[IPAddress, tuple[IPAddress, ...]] = field(default_factory=dict)
@@ -95,6 +97,7 @@ class Knowledge:
         self._local: dict[tuple[int, IPAddress], KnownNetwork] = {}
         self._of: defaultdict[int, list[KnownNetwork]] = defaultdict(list)
         self.underlay: IPAddress | None = None
+        self.encryption = facts.encryption
         self.offload = facts.tunnel_offload is not False
         """Whether the underlay's device segments UDP tunnels, as most do."""
         try:
@@ -119,6 +122,7 @@ class Knowledge:
                 verbs=accelerated and fact.verbs and facts.settings.verbs,
                 verbs_direct=fact.verbs_direct,
                 peers=frozenset(ip_address(text) for text in fact.peers),
+                encrypted=fact.encrypted,
                 kind=fact.kind,
                 foreign=fact.foreign,
                 bridge=fact.bridge,
@@ -143,6 +147,22 @@ class Knowledge:
             self._local[key] = self.networks[network.id]
         for namespace, networks in self._of.items():
             self._of[namespace] = [self.networks[network.id] for network in networks]
+
+    @cached_property
+    def encrypted_peers(self) -> frozenset[IPAddress]:
+        """The hosts that share an encrypted network."""
+        return frozenset(
+            peer
+            for network in self.networks.values()
+            if network.encrypted
+            for peer in network.peers
+        )
+
+    @property
+    def relay_encryption(self) -> str:
+        """What this host's relay encrypts. On encrypted networks that is everything, and links are
+        shared by all networks."""
+        return "all" if self.encrypted_peers else self.settings.relay_encryption
 
     @cached_property
     def remote(self) -> frozenset[tuple[Transport, int, IPAddress]]:

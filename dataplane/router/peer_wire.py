@@ -47,6 +47,8 @@ AddressText = Annotated[str, Meta(max_length=45)]
 EndText = Annotated[str, Meta(max_length=53)]
 Blob = Annotated[bytes, Meta(max_length=MAX_BLOB)]
 Word = Annotated[str, Meta(pattern=r"^[a-z]{0,16}\Z")]
+PublicKey = Annotated[str, Meta(pattern=r"^[0-9A-Za-z+/]{42}[AEIMQUYcgkosw048]=\Z")]
+"""A key of WireGuard: 32 bytes in base64."""
 Text = Annotated[str, Meta(pattern=r"^[ -~]{0,200}\Z")]
 """Text that goes into logs and tables."""
 
@@ -77,6 +79,12 @@ class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
     """Whether it pairs queue pairs of verbs with those of other hosts."""
     verbs_cm: bool = False
     """Whether it also connects processes by rdma_cm, and gives them slots for datagrams."""
+    wireguard: Annotated[tuple[PublicKey, ...], Meta(max_length=2)] = ()
+    """The public keys of its two WireGuard devices; none, if it has no encrypted network."""
+    wireguard_slot: Annotated[int, Meta(ge=0, le=1)] = 0
+    """The device by which it sends."""
+    wireguard_port: Annotated[int, Meta(ge=0, lt=(1 << 16) - 1)] = 0
+    """UDP port of the first device; that of the second is the next one."""
 
 
 class Owns(msgspec.Struct, frozen=True, tag=True):

@@ -106,7 +106,8 @@ class Remotes(LentArenas, Generic[SessionsT]):
     def wanted(self) -> frozenset[IPAddress]:
         """The hosts with which sessions are needed."""
         connected = {host.address for host in self.hosts if self.connections.of(host)}
-        return self.hosts.sharing(*Transport) | connected
+        encrypted = self._pairing.knowledge.encrypted_peers
+        return self.hosts.sharing(*Transport) | encrypted | connected
 
     def hellos(self) -> list[peer_wire.PeerHello]:
         """The Hello messages of the hosts with a session."""

@@ -19,6 +19,7 @@ from dataplane.router.arena_memory import LinuxArenaMemory
 from dataplane.router.clients import Clients
 from dataplane.router.control_socket import ControlSocket, Steps
 from dataplane.router.interhost import Equipment, InterHost
+from dataplane.router.interhost_facts import encryption_facts
 from dataplane.router.knowledge import Knowledge
 from dataplane.router.loop import Bugs, EpollLoop
 from dataplane.router.pairing import Pairing
@@ -161,6 +162,8 @@ class RouterServer:
                 )
             case control.PathsRequest():
                 return listing.paths(self.pairing, self._namespaces)
+            case control.EncryptionRequest():
+                return encryption_facts(self.interhost.remotes)
 
     def statistics(self) -> control.Statistics:
         """The router's counters."""

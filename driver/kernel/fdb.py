@@ -112,6 +112,19 @@ def set_peers(
     return peers - flooded
 
 
+def move(overlay: Sockets, index: int, moved: dict[IPAddress, IPAddress]) -> None:
+    """Have learned entries that lead to an address lead to another one of the same host.
+
+    Raises:
+        KernelError: an entry is refused.
+    """
+    entries = [(mac, peer) for mac, peer in _entries(overlay, index) if mac != _ANY]
+    with reporting("moving FDB entries"), overlay.raw() as netlink:
+        for mac, peer in entries:
+            if peer in moved:
+                netlink.put_neighbour(index, mac, moved[peer], NUD_REACHABLE, NTF_SELF)
+
+
 def drop_strangers(
     overlay: Sockets, index: int, peers: frozenset[IPAddress], trusted: Trusted
 ) -> None:

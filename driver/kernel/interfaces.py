@@ -3,6 +3,7 @@ repaired.
 
 The VXLAN device is made from the host's namespace in the overlay namespace. Its UDP socket stays in
 the host's, so its datagrams take the host's routes, and its frames the overlay namespace's bridge.
+That of an encrypted network is made from the encryption namespace, in place of the host's.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _check_kind(link: Any, wanted: str) -> None:
 
 def _vxlan_attributes(network: Network, local: IPAddress | None) -> dict[str, Any]:
     attributes: dict[str, Any] = {
-        "ifname": names.vxlan(network.id),
+        "ifname": names.vxlan(network.id, encrypted=network.encrypted),
         "kind": "vxlan",
         "vxlan_id": network.vni,
         "vxlan_port": network.port,
@@ -88,7 +89,11 @@ def _vxlan_attributes(network: Network, local: IPAddress | None) -> dict[str, An
         "mtu": network.mtu,
         "state": "up",
     }
-    if local is not None:
+    if network.encrypted:
+        # WireGuard authenticates each packet. The route chooses the address.
+        attributes |= {"vxlan_local6": "::", "vxlan_udp_zero_csum6_tx": 1}
+        attributes["vxlan_udp_zero_csum6_rx"] = 1
+    elif local is not None:
         attributes["vxlan_local" if local.version == 4 else "vxlan_local6"] = str(local)
     return attributes
 
@@ -104,7 +109,7 @@ def _is_current(link: Any, network: Network, local: IPAddress | None) -> bool:
         data.get_attr("IFLA_VXLAN_ID") == network.vni
         and data.get_attr("IFLA_VXLAN_PORT") == network.port
         # Any address is right where our own is not known.
-        and (local is None or own == str(local))
+        and (local is None or network.encrypted or own == str(local))
     )
 
 
@@ -117,8 +122,13 @@ def make_vxlan(
     bridge: int,
 ) -> None:
     """Make the network's VXLAN device as a port of its bridge; one with other properties is
-    replaced."""
-    name = names.vxlan(network.id)
+    replaced.
+
+    `host`: the namespace where its packets are routed.
+    """
+    name = names.vxlan(network.id, encrypted=network.encrypted)
+    # Of the time when the network was encrypted, or wasn't.
+    overlay.delete(names.vxlan(network.id, encrypted=not network.encrypted))
     index = overlay.index(name)
     if index is not None:
         with overlay.take() as route:
@@ -143,7 +153,7 @@ def _vxlan_refused(
     error: NetlinkError, host: Sockets, overlay: Sockets, network: Network
 ) -> KernelError:
     if error.code not in (errno.EEXIST, errno.EADDRINUSE):
-        return translate(error, f"making VXLAN device {names.vxlan(network.id)}")
+        return translate(error, f"making the VXLAN device of network {network.id}")
     others = [link for link in host.links() + overlay.links() if link.port == network.port]
     if error.code == errno.EEXIST:
         same = [link.name for link in others if link.vni == network.vni]

@@ -12,12 +12,14 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Final
 
 from driver import names
 from driver.errors import DOCTOR, TRY_AGAIN, FreeFlowError, KernelError, reporting
+from driver.inner_addresses import other_slot
 from driver.kernel import (
     announce,
     fdb,
@@ -29,6 +31,7 @@ from driver.kernel import (
     underlay,
     underlay_routes,
 )
+from driver.kernel.encryption_namespace import EncryptionNamespace, encrypted_overhead
 from driver.kernel.fastpath import FastPath, Stage
 from driver.kernel.guard import Guard, Guarded
 from driver.kernel.namespace import OVERLAY_PIN
@@ -41,6 +44,7 @@ from driver.ports import Inventory
 _ROUTES_EVERY: Final = 10.0
 """Seconds after which the devices that lead to peers are read again; sooner if links or routes
 change."""
+ENCRYPTION_PORT: Final = 4797
 _INTERFACE_GONE: Final = (errno.ENODEV, errno.ENXIO, errno.ENETDOWN)
 
 
@@ -63,6 +67,7 @@ class LinuxKernel:
         tcx: bool = True,
         sessions: int | None = None,
         listed: Callable[[], IPAddress | None] | None = None,
+        encryption_port: int = ENCRYPTION_PORT,
     ) -> None:
         self._host_run = host_run
         self._choice = choice
@@ -79,6 +84,9 @@ class LinuxKernel:
         self._changes = underlay_routes.RouteChanges(self._host_namespace)
         self._routes_due = 0.0
         self._near: frozenset[IPNetwork] = frozenset()
+        self.encryption = EncryptionNamespace(host_run, self._host, self.underlay, encryption_port)
+        self.outer: Callable[[], Mapping[IPAddress, IPAddress]] = dict
+        """The peers' addresses by their inner ones; set by who knows them."""
         self.fastpath = FastPath(
             programs, host_run, self._host_namespace, self._host, self.underlay, tcx=tcx
         )
@@ -132,9 +140,9 @@ class LinuxKernel:
         """Device, MTU and address of the underlay. Raises SettingError, KernelError."""
         return underlay.find(self._host, self._choice, self._hint())
 
-    def underlay_mtu(self) -> int:
+    def underlay_mtu(self, *, encrypted: bool = False) -> int:
         found = self.underlay()
-        return found.mtu - found.overhead
+        return found.mtu - (encrypted_overhead(found) if encrypted else found.overhead)
 
     def segments_tunnels(self) -> bool | None:
         """Whether the underlay's device segments UDP tunnels; None: the kernel doesn't say.
@@ -148,7 +156,7 @@ class LinuxKernel:
     def attach(self, network: Network, endpoint: Endpoint) -> None:
         overlay = self._make_overlay()
         bridge = self._bridge(overlay, network)
-        if network.overlay:
+        if network.overlay and not network.encrypted:
             self._guard.network(names.short(network.id), network.port)
         interfaces.make_veth(
             self._host, overlay.links, self._host_namespace, network, endpoint, bridge
@@ -174,16 +182,28 @@ class LinuxKernel:
             pin.quiet(overlay.namespace)
             bridge = interfaces.make_bridge(overlay.links, network)
             if network.overlay:
+                routed = self.encryption.make() if network.encrypted else self._host
                 interfaces.make_vxlan(
-                    self._host, overlay.links, overlay.namespace, network, self.underlay(), bridge
+                    routed, overlay.links, overlay.namespace, network, self.underlay(), bridge
                 )
             self._made[names.short(network.id)] = self._present(overlay, network)
         return bridge
 
     @staticmethod
     def _present(overlay: Overlay, network: Network) -> tuple[int, int]:
-        vxlan = overlay.links.index(names.vxlan(network.id)) if network.overlay else None
+        name = names.vxlan(network.id, encrypted=network.encrypted)
+        vxlan = overlay.links.index(name) if network.overlay else None
         return overlay.links.index(names.bridge(network.id)) or 0, vxlan or 0
+
+    @staticmethod
+    def _vxlan(overlay: Overlay | None, network_id: str) -> tuple[int | None, bool]:
+        """Index of a network's VXLAN device, and whether it is that of an encrypted network."""
+        if overlay is not None:
+            for encrypted in (True, False):
+                index = overlay.links.index(names.vxlan(network_id, encrypted=encrypted))
+                if index is not None:
+                    return index, encrypted
+        return None, False
 
     def detach(self, network_id: str, endpoint_id: str) -> None:
         overlay = self._overlay()
@@ -201,16 +221,23 @@ class LinuxKernel:
         if overlay is not None:
             self.fastpath.remove_network(network_id)
             overlay.links.delete(names.vxlan(network_id))
+            overlay.links.delete(names.vxlan(network_id, encrypted=True))
             overlay.links.delete(names.bridge(network_id))
 
     # --- peers
 
     def set_peers(self, network_id: str, peers: Iterable[IPAddress]) -> frozenset[IPAddress]:
         overlay, wanted = self._overlay(), frozenset(peers)
-        index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
-        self.fastpath.set_peers(network_id, wanted)
+        index, encrypted = self._vxlan(overlay, network_id)
+        self.fastpath.set_peers(network_id, frozenset() if encrypted else wanted)
         if overlay is None or index is None:
             return frozenset()
+        if encrypted:
+            moved: dict[IPAddress, IPAddress] = {
+                other_slot(peer): peer for peer in wanted if isinstance(peer, IPv6Address)
+            }
+            fdb.move(overlay.links, index, moved)
+            return fdb.set_peers(overlay.links, index, wanted, moved.__contains__)
         self._guard.peers(names.short(network_id), wanted)
         try:
             # Each time: others may have changed the list, or sent frames from which the device
@@ -275,7 +302,7 @@ class LinuxKernel:
         overlay = self._overlay()
         if overlay is None:
             return
-        vxlan = overlay.links.index(names.vxlan(network_id))
+        vxlan, _ = self._vxlan(overlay, network_id)
         present = []
         for endpoint in endpoints:
             port = overlay.links.index(names.host_veth(endpoint.id))
@@ -302,9 +329,12 @@ class LinuxKernel:
     def learned(self, network_id: str) -> dict[str, IPAddress]:
         """MAC address → the peer behind it, learned by the VXLAN device or by the fast path."""
         overlay = self._overlay()
-        index = overlay.links.index(names.vxlan(network_id)) if overlay is not None else None
+        index, encrypted = self._vxlan(overlay, network_id)
         if overlay is None or index is None:
             return {}
+        if encrypted:
+            outer, learned = self.outer(), fdb.learned(overlay.links, index)
+            return {mac: outer.get(peer, peer) for mac, peer in learned.items()}
         return fdb.learned(overlay.links, index) | self.fastpath.learned(network_id)
 
     def locate(self, network_id: str, mac: str) -> IPAddress | None:
@@ -349,7 +379,7 @@ class LinuxKernel:
             networks=frozenset(
                 short
                 for name, short in found.items()
-                if name.startswith((names.BRIDGE, names.VXLAN))
+                if name.startswith((names.BRIDGE, names.VXLAN, names.ENCRYPTED))
             ),
             endpoints=frozenset(endpoints),
             filters=frozenset(filter.present(overlay.nft) - endpoints),
@@ -396,6 +426,7 @@ class LinuxKernel:
             removed.append(f"nftables table {guard_rules.TABLE}")
         with self._opening:
             self._forget()
+        removed += self.encryption.remove()
         if pin.remove(self._host_run):
             removed.append(str(OVERLAY_PIN))
         return removed
@@ -405,6 +436,7 @@ class LinuxKernel:
         tests."""
         with self._opening:
             self._forget()
+        self.encryption.close()
         self._guard.close()
         self._changes.close()
         self._host.close()

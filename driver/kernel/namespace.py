@@ -21,6 +21,8 @@ _NSFS_MAGIC: Final = 0x6E736673
 
 OVERLAY_PIN: Final = Path("freeflow-admin/netns/overlay")
 """Where the overlay namespace is pinned, below the host's /run."""
+ENCRYPTION_PIN: Final = OVERLAY_PIN.with_name("encryption")
+"""The same of the encryption namespace."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 

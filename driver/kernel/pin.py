@@ -1,9 +1,10 @@
 """The overlay namespace: the network namespace of our bridges, VXLAN devices and host-side veths.
 
-A bind mount in the host's /run pins it, so that it outlives the plugin's process. That needs a
-shared mount underneath (mount_namespaces(7)). Without one the pin would go with the plugin's mount
-namespace, and every container's network with it, so the namespace isn't made then. It is layer 2
-only: nothing in it has an address.
+A bind mount in the host's /run pins it, so that it outlives the plugin's process. The encryption
+namespace (`encryption_namespace.py`) is pinned in the same way. That needs a shared mount
+underneath (mount_namespaces(7)). Without one the pin would go with the plugin's mount namespace,
+and every container's network with it, so the namespace isn't made then. The overlay namespace is
+layer 2 only: nothing in it has an address.
 """
 
 from __future__ import annotations
@@ -87,13 +88,13 @@ def quiet(namespace: int) -> None:
         ) from error
 
 
-def make(host_run: Path) -> None:
-    """Make the overlay namespace and pin it, unless it exists.
+def make(host_run: Path, name: Path = OVERLAY_PIN) -> None:
+    """Make the namespace of this pin, unless it exists.
 
     Raises:
         KernelError: the host's /run is not shared, or the kernel refuses.
     """
-    path = host_run / OVERLAY_PIN
+    path = host_run / name
     if is_namespace(path):
         return
     if not is_shared(host_run):
@@ -109,20 +110,20 @@ def make(host_run: Path) -> None:
         path.touch(mode=0o400)
 
     def pin() -> None:
-        check(libc.unshare(CLONE_NEWNET), "making the overlay namespace")
+        check(libc.unshare(CLONE_NEWNET), f"making the {name.name} namespace")
         mount("/proc/thread-self/ns/net", path, BIND)
 
     in_thread(pin)
 
 
-def remove(host_run: Path) -> bool:
+def remove(host_run: Path, name: Path = OVERLAY_PIN) -> bool:
     """Unpin it: the namespace goes with its links once no process has it open. False: there was
     none.
 
     Raises:
         KernelError: the pin can't be removed.
     """
-    path = host_run / OVERLAY_PIN
+    path = host_run / name
     existed = is_namespace(path)
     if existed:
         detach(path)
@@ -138,9 +139,9 @@ def remove(host_run: Path) -> bool:
     return existed
 
 
-def identity(host_run: Path) -> tuple[int, int] | None:
-    """Identifies the overlay namespace among all that had this path; None if there is none."""
-    path = host_run / OVERLAY_PIN
+def identity(host_run: Path, name: Path = OVERLAY_PIN) -> tuple[int, int] | None:
+    """Identifies a namespace among all that had this path; None if there is none."""
+    path = host_run / name
     if not is_namespace(path):
         return None
     try:

@@ -168,7 +168,8 @@ def ping(client: Client, target: str, count: int, as_json: bool) -> None:
         behind = f", task {result.task}" if result.task else ""
         who = f"{result.name}, {result.address}" if result.name else result.address
         say(f"{who}{behind} on network {result.network}, from {result.source}")
-        say(f"host {where if result.host else 'not found'}, path {result.path}")
+        by = f", encrypted by {result.encryption}" if result.encryption else ""
+        say(f"host {where if result.host else 'not found'}, path {result.path}{by}")
         if result.tcp:
             say(
                 f"TCP of programs with the library: {result.tcp}"

@@ -188,6 +188,50 @@ def check_firewall(ports: set[int]) -> Iterator[Finding]:
             return
 
 
+def check_encryption(status: Status) -> Iterator[Finding]:
+    """UDP ports of other hosts' encryption with which there is no handshake; each of this host's
+    devices tries each of theirs every half minute."""
+    found = status.encryption
+    for peer in found.peers if found is not None else []:
+        if peer.silent and peer.data:
+            ports = " and ".join(map(str, peer.silent))
+            yield Finding(
+                "warning",
+                f"no handshake on UDP port {ports} of host {peer.name or peer.address}",
+                "a firewall drops it: packets pass by the other port, until the key changes",
+                f"open UDP ports {found.port if found else 0} and the next one on all hosts",
+            )
+
+
+def check_wireguard(status: Status) -> Iterator[Finding]:
+    """A kernel without WireGuard, where encrypted networks are wanted."""
+    wanted = status.settings.get("ENCRYPTED") == "on" or any(
+        network.encrypted for network in status.networks
+    )
+    if not wanted:
+        return
+
+    def make() -> None:
+        with IPRoute() as route:
+            route.link("add", ifname="probe0", kind="wireguard")
+
+    try:
+        isolated(make)
+    except Exception as error:
+        remedy = "modprobe wireguard, or use a kernel that has it (CONFIG_WIREGUARD)"
+        yield Finding("error", "the kernel lacks WireGuard", str(error), remedy)
+
+
+def encryption_notes(status: Status) -> list[str]:
+    """What encrypts the packets to each host of encrypted networks."""
+    found = status.encryption
+    return [
+        f"encryption with host {peer.name or peer.address}: "
+        f"control {peer.control or 'no session'}, data {peer.data or peer.reason}"
+        for peer in (found.peers if found is not None else [])
+    ]
+
+
 def check_guard(status: Status) -> Iterator[Finding]:
     """Addresses that sent to the overlay's port and belong to no peer."""
     strangers = status.guard.strangers if status.guard is not None else []
@@ -386,12 +430,16 @@ def examine(client: Client) -> DoctorReport:
     else:
         ports = {network.port for network in status.networks}
         ports.add(int(status.settings.get("VXLAN_PORT") or DEFAULT_PORT))
+    encrypted = status.encryption if status is not None else None
+    udp = ports | ({encrypted.port, encrypted.port + 1} if encrypted is not None else set())
     check("no other overlay conflicts", lambda: check_clashes(ports, links()))
-    check("the firewall lets VXLAN in", lambda: check_firewall(ports))
+    check("the firewall lets the overlay's packets in", lambda: check_firewall(udp))
     if status is None:
         return DoctorReport(passed, findings)
     held = {network.port for network in status.networks if network.endpoints}
     check("the UDP port is free for VXLAN", lambda: check_port(ports - held))
+    check("the kernel can encrypt, where networks are encrypted", lambda: check_wireguard(status))
+    check("hosts of encrypted networks answer on both ports", lambda: check_encryption(status))
     check("only peers send to the overlay's port", lambda: check_guard(status))
     check("peers answer packets of full size", lambda: check_peers(status))
     check(
@@ -403,4 +451,5 @@ def examine(client: Client) -> DoctorReport:
         # Shown though it is no problem if the fast path is off or does less.
         passed.append(_fastpath(status.fastpath))
     notes = offload_notes(status) + remote_notes(status) + service_notes(status)
+    notes += encryption_notes(status)
     return DoctorReport(passed, findings, notes)

@@ -199,12 +199,42 @@ def _fastpath(status: Status) -> str:
     return f"overlay+ebpf {found.stage}{where}{why}\n"
 
 
+def _encryption(status: Status) -> str:
+    """The hosts of encrypted networks: what encrypts what the routers say to each other, and what
+    the containers do."""
+    found = status.encryption
+    if found is None:
+        return ""
+    text = (
+        f"encryption {found.by}, UDP {found.port} and {found.port + 1}, "
+        f"key in use for {_age(found.rotated)}\n"
+    )
+    return text + table(
+        ("HOST", "ADDRESS", "CONTROL", "DATA", "HANDSHAKE", "RECEIVED", "SENT", "WHY NOT"),
+        [
+            (
+                peer.name or "-",
+                peer.address,
+                peer.control or "no session",
+                peer.data or "nothing is sent",
+                "never" if peer.handshake is None else f"{_age(peer.handshake)} ago",
+                amount(peer.received),
+                amount(peer.sent),
+                peer.reason or "-",
+            )
+            for peer in found.peers
+        ],
+    )
+
+
 def _network(network: NetworkStatus) -> str:
     facts = [f"VNI {network.vni}", f"UDP {network.port}", f"MTU {network.mtu}", *network.subnets]
     if network.ipv6:
         facts.append(network.prefix6)
     if network.internal:
         facts.append("internal")
+    if network.encrypted:
+        facts.append("encrypted")
     if not network.acceleration:
         facts.append("acceleration off")
     text = (
@@ -279,7 +309,8 @@ def findings(problems: Iterable[Finding]) -> str:
 def show_status(status: Status) -> str:
     """The whole page."""
     status = shown_all(status)
-    head = _host(status) + _router(status) + _fastpath(status) + _parts(status)
+    head = _host(status) + _router(status) + _fastpath(status) + _encryption(status)
+    head += _parts(status)
     parts = [verdict(status) + "\n", head]
     parts += [_network(network) + _paths(status, network.id) for network in status.networks]
     if not status.networks:
@@ -320,14 +351,20 @@ def show_connections(found: Connections) -> str:
     found = shown_all(found)
     if not found.connections:
         return "no connections: no container on an accelerated network of this host has one\n"
+    encrypted = any(connection.encryption for connection in found.connections)
     text = table(
-        ("CONTAINER", "LOCAL", "REMOTE", "PATH", "WHY"),
+        (
+            *("CONTAINER", "LOCAL", "REMOTE", "PATH"),
+            *(("ENCRYPTED BY",) if encrypted else ()),
+            "WHY",
+        ),
         [
             (
                 connection.container,
                 connection.local,
                 connection.remote,
                 connection.path,
+                *((connection.encryption,) if encrypted else ()),
                 connection.reason or "",
             )
             for connection in sorted(

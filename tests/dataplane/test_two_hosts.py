@@ -10,8 +10,10 @@ import contextlib
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,8 +21,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from msgspec.structs import replace
 
-from dataplane.control import ConnectionFact, RelayRule, RouterSettings
+from dataplane.control import (
+    ConnectionFact,
+    EncryptionKeys,
+    RelayRule,
+    RouterSettings,
+    RouterSnapshot,
+)
+from driver.kernel.namespace import in_netns
 from testbed.patience import patience, within
 from tests.dataplane.places import LIBRARY, compile_c, counts_of
 from tests.dataplane.two_hosts import HostBed, blackhole, cut, two_hosts
@@ -504,3 +514,74 @@ def test_limit() -> None:
         until(lambda: sum(connection.reason == "limit" for connection in listed(made[0])) == 25)
         assert running.ends() == ["whole"] * 120
         nothing_left(made)
+
+
+def test_encrypted_network() -> None:
+    """On an encrypted network sessions are wanted though nothing is accelerated, keys get through,
+    and the relays encrypt everything, whatever the setting says: no byte of a stream is seen
+    between the hosts. A link that was made before is not used for it.
+    """
+    settings = RouterSettings(relay_encryption="off")
+    keys = [("A" * 43 + "=", "B" * 42 + "A="), ("C" * 42 + "A=", "D" * 42 + "A=")]
+    with two_hosts(library=LIBRARY, relay=RELAY, path="relay", settings=settings) as hosts:
+        assert hosts[0].peer().encryption == "off"
+        with _captured(hosts[0]) as frames, streams(hosts, 1, 1) as made:
+            assert made.ends() == ["whole"] * 2
+        assert any(map(_has_numbers, frames))
+        for host, pair in zip(hosts, keys, strict=True):
+            host.router.replace_snapshot(_secret(host, pair))
+        until(lambda: all(host.peer().encryption == "all" for host in hosts))
+        for host, other, pair in zip(hosts, reversed(hosts), reversed(keys), strict=True):
+            until(partial(_knows, host, other.address, pair))
+        for host in hosts:
+            host.wait_linked()
+        with _captured(hosts[0]) as frames, streams(hosts, 1, 1) as made:
+            assert made.ends() == ["whole"] * 2
+        assert any(len(frame) > 1000 for frame in frames)
+        assert not any(map(_has_numbers, frames))
+        for host in hosts:
+            host.router.replace_snapshot(_secret(host, (), acceleration=False))
+            assert host.peer().session
+
+
+def _has_numbers(frame: bytes) -> bool:
+    """Whether a frame has the numbers that streams send: most of their bytes are 0."""
+    return frame.count(bytes(4)) >= 16
+
+
+def _secret(host: HostBed, keys: tuple[str, ...], **changes: Any) -> RouterSnapshot:
+    facts = host.facts()
+    networks = tuple(replace(one, encrypted=True, **changes) for one in facts.networks)
+    told = EncryptionKeys(keys=(keys[0], keys[1]), slot=1, port=4797) if keys else None
+    return replace(facts, networks=networks, encryption=told)
+
+
+def _knows(host: HostBed, address: str, keys: tuple[str, ...]) -> bool:
+    found = host.router.encryption()
+    return [(peer.address, peer.keys, peer.slot) for peer in found.peers] == [(address, keys, 1)]
+
+
+@contextlib.contextmanager
+def _captured(host: HostBed) -> Iterator[list[bytes]]:
+    """All frames on the hosts' cable meanwhile."""
+    frames: list[bytes] = []
+
+    def make() -> socket.socket:
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        made.bind(("cable", 3))
+        made.settimeout(0.1)
+        return made
+
+    stopped = threading.Event()
+
+    def read(packets: socket.socket) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(TimeoutError):
+                frames.append(packets.recv(1 << 16))
+
+    with in_netns(host.namespace, make) as packets:
+        reader = threading.Thread(target=read, args=(packets,), daemon=True)
+        reader.start()
+        yield frames
+        stopped.set()
+        reader.join()

@@ -22,6 +22,8 @@ from plugin.admin import AdminAnswers
 from plugin.runtime_networks import RuntimeAnswer
 from plugin.status import (
     CallStatus,
+    EncryptedPeerStatus,
+    EncryptionStatus,
     EndpointStatus,
     FastPathStatus,
     Finding,
@@ -235,6 +237,28 @@ def finding(severity: str = "error") -> Finding:
     return Finding(severity, "something is wrong", "its cause", "freeflow doctor")
 
 
+def encryption(**fields: Any) -> EncryptionStatus:
+    """Of a host with two peers, one of which doesn't answer."""
+    peers = [
+        EncryptedPeerStatus(
+            address="192.0.2.2",
+            name="host2",
+            node="n2",
+            inner="fd66:6677::2",
+            control="tls1.3",
+            data="wireguard",
+            handshake=42.5,
+            received=3000,
+            sent=4000,
+        ),
+        EncryptedPeerStatus(
+            address="192.0.2.3", node="n3", inner="fd66:6677::4", reason="no handshake yet"
+        ),
+    ]
+    made = EncryptionStatus(slot=0, port=4797, rotated=7300.0, peers=peers)
+    return msgspec.structs.replace(made, **fields)
+
+
 def status(**fields: Any) -> Status:
     made = Status(
         version="0.1.0",
@@ -247,6 +271,7 @@ def status(**fields: Any) -> Status:
         calls=[CallStatus("Join", 7, 1, 1.5, 20.0)],
         path_counts={"overlay": 3, "shm": 2},
         fastpath=FastPathStatus("receive", "the host has IPsec policies", []),
+        encryption=encryption(),
         router=RouterStatus(
             up=True,
             uptime=10.0,

@@ -158,7 +158,7 @@ class SteppedKernel:
             filters=frozenset(self.filters) - frozenset(self.veths),
         )
 
-    def underlay_mtu(self) -> int:
+    def underlay_mtu(self, *, encrypted: bool = False) -> int:
         return 1450
 
     def cleanup(self) -> list[str]:

@@ -25,7 +25,7 @@ def make(
     port: int = 4799,
 ) -> Network:
     return allocate.network(
-        network_id, generic or {}, port=port, default_mtu=lambda: mtu, taken=taken or {}
+        network_id, generic or {}, port=port, default_mtu=lambda encrypted: mtu, taken=taken or {}
     )
 
 
@@ -82,7 +82,7 @@ def test_user_vni_conflict() -> None:
 def test_underlay_is_asked_only_when_needed() -> None:
     """With an MTU given, the underlay isn't read, so a host without underlay can allocate."""
 
-    def no_underlay() -> int:
+    def no_underlay(encrypted: bool) -> int:
         raise AssertionError("asked")
 
     chosen = allocate.network(ID, {"mtu": "1400"}, port=4799, default_mtu=no_underlay, taken={})

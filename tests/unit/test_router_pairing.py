@@ -4,6 +4,8 @@ fakes.
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+
 import pytest
 from msgspec.structs import replace
 
@@ -900,3 +902,21 @@ def test_notes_are_bounded(world: World) -> None:
     assert len(notes) == NOTES
     assert 0 not in notes
     assert NOTES + 9 in notes
+
+
+def test_encrypted_network_is_known() -> None:
+    """With an encrypted network that another host shares, its hosts are named and the relay
+    encrypts everything; without, the setting decides.
+    """
+    settings = RouterSettings(relay_encryption="off")
+    plain = NetworkFact(id="a", peers=("192.0.2.1",))
+    secret = NetworkFact(id="b", peers=("192.0.2.2",), encrypted=True)
+    alone = NetworkFact(id="c", encrypted=True)
+    for networks, peers, encryption in (
+        ((plain,), set(), "off"),
+        ((plain, alone), set(), "off"),
+        ((plain, secret), {ip_address("192.0.2.2")}, "all"),
+    ):
+        known = Knowledge(RouterSnapshot(networks=networks, settings=settings))
+        assert known.encrypted_peers == peers
+        assert known.relay_encryption == encryption

@@ -15,6 +15,8 @@ from dataplane.router import peer_wire as pw
 from dataplane.router.library_wire import Address
 
 INSTANCE: Final = "0123456789abcdef" * 2
+KEY: Final = "A" * 43 + "="
+"""A public key of WireGuard."""
 EXAMPLES: Final[list[pw.Message]] = [
     pw.PeerHello(
         instance=INSTANCE,
@@ -25,6 +27,9 @@ EXAMPLES: Final[list[pw.Message]] = [
         relay=True,
         relay_ring=1 << 20,
         relay_encryption="messages",
+        wireguard=(KEY, KEY[::-1][1:] + "="),
+        wireguard_slot=1,
+        wireguard_port=4797,
     ),
     pw.Owns({"n1": ("10.0.4.1", "fd00::1"), "n2": ()}),
     pw.Offer(1 << 62, "n1", "10.0.4.1:80", "[fd00::2]:40000"),
@@ -90,12 +95,16 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
             tunnel_offload=False,
             verbs=True,
             verbs_cm=True,
+            wireguard=(KEY,),
+            wireguard_slot=1,
+            wireguard_port=4797,
         ),
-        b"\x8e\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
+        b"\xde\x00\x11\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
         b"\xa4node\xa2n1\xa9data_path\xa9192.0.2.1\xa4rdma\xc3\xa4ring\xce\x00\x01\x00\x00"
         b"\xa5build\xa1b\xa5relay\xc3\xaarelay_ring\xce\x00\x01\x00\x00"
         b"\xb0relay_encryption\xa3all\xaetunnel_offload\xc2\xa5verbs\xc3"
-        b"\xa8verbs_cm\xc3",
+        b"\xa8verbs_cm\xc3\xa9wireguard\x91\xd9,AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+        b"\xaewireguard_slot\x01\xaewireguard_port\xcd\x12\xbd",
     ),
     (
         pw.Owns({"net": ("10.0.1.2",)}),
@@ -298,9 +307,21 @@ def test_limits(content: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("instance", "x" * 32), ("instance", INSTANCE + "\n"), ("node", ""), ("build", "a b")],
+    [
+        ("instance", "x" * 32),
+        ("instance", INSTANCE + "\n"),
+        ("node", ""),
+        ("build", "a b"),
+        ("wireguard", [KEY, KEY, KEY]),
+        ("wireguard", ["A" * 44]),
+        ("wireguard", [KEY + "\n"]),
+        ("wireguard", ["A" * 42 + "B="]),
+        ("wireguard_slot", 2),
+        ("wireguard_slot", -1),
+        ("wireguard_port", 65535),
+    ],
 )
-def test_limits_of_hello(field: str, value: str) -> None:
+def test_limits_of_hello(field: str, value: object) -> None:
     """The same holds for the first message."""
     content = msgspec.to_builtins(EXAMPLES[0]) | {field: value}
     with pytest.raises(WrongMessage):

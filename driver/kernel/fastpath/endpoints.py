@@ -28,7 +28,8 @@ class LocalNetwork:
     network: Network
     bridge: int
     vxlan: int
-    """Index of its VXLAN device; 0: it has none."""
+    """Index of its VXLAN device; 0: it has none whose packets the fast path may take. So only
+    packets between containers of this host take it on encrypted networks."""
 
 
 @dataclass(slots=True)
@@ -111,7 +112,7 @@ class Endpoints:
         if vxlan and self._receives:
             self._maps.put_vxlan(vxlan, bridge)
             self._attachments.attach(vxlan, "ff_vxlan")
-        if network.overlay:
+        if network.overlay and not network.encrypted:
             self._maps.put_network(network.vni, network.port, bridge)
         self._networks[short] = now
         self._has_new_network = True
