@@ -77,6 +77,7 @@ _MODULES: Final = (
         "drivers/net/veth.ko",
         "drivers/net/virtio_net.ko",
         "drivers/net/vxlan",
+        "drivers/net/wireguard",
     ),
     *(
         "drivers/net/ipvlan",

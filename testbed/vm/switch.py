@@ -7,12 +7,16 @@ switch.
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import socket
 import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
+
+from testbed.vm.capture import WireCapture
 
 _QUEUE: Final = 4096
 _FRAME: Final = 1 << 17
@@ -33,6 +37,7 @@ class Switch:
         self._ports: dict[int, _Port] = {}
         self._learned: dict[bytes, int] = {}
         self._cut: frozenset[int] = frozenset()
+        self._captures: frozenset[WireCapture] = frozenset()
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
         self._woken.setblocking(False)
@@ -67,6 +72,16 @@ class Switch:
 
     def heal(self, number: int) -> None:
         self._cut -= {number}
+
+    @contextlib.contextmanager
+    def capture(self, *marks: bytes) -> Iterator[WireCapture]:
+        """Capture every frame that a guest sends, those to a guest that was cut off too."""
+        capture = WireCapture(marks)
+        self._captures |= {capture}
+        try:
+            yield capture
+        finally:
+            self._captures -= {capture}
 
     def close(self) -> None:
         self._ended = True
@@ -106,6 +121,8 @@ class Switch:
                 return  # There is no more, or the guest was switched off.
             if not frame:
                 return
+            for capture in self._captures:
+                capture.take(port.number, frame)
             self._learned[frame[6:12]] = port.number
             known = self._ports.get(self._learned.get(frame[:6], 0))
             for other in [known] if known is not None else list(self._ports.values()):
