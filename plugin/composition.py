@@ -138,6 +138,11 @@ class HostState:
             underlay = segments = None
         return ThisHost(self.addresses(), underlay or self.advertised(), segments)
 
+    def announce(self) -> None:
+        """Put the command's place-holder on the host."""
+        if self.command is not None:
+            host_command.announce(self.command)
+
     def engine_seen(self, driver: Driver, view: EngineView) -> None:
         """The engine has answered; called by the sync loop."""
         self.listed = view.node_address
@@ -208,6 +213,8 @@ def compose(
     changes.on_synced.append(networks.publish)
 
     def recover_all() -> None:
+        # Docker gets its first answer afterwards.
+        core.host.announce()
         _recover(core.driver, ipv6_override, failures)
         networks.publish()
 

@@ -3,10 +3,15 @@
 The host needs no Python. The script makes a mount namespace, binds the host's /run, /proc and /sys
 into the plugin's root file system and changes its root to that. So it also works while the plugin
 is disabled, and leaves nothing behind.
+
+Only the engine knows where that root file system is, and it answers after it has enabled the
+plugin. Until then a script that waits is in its place, so that the command can be the next one
+after `docker plugin install`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from pathlib import Path
@@ -60,6 +65,21 @@ exec unshare --mount sh -c '
 """
 
 
+_WAITS: Final = "# It waits for the command of plugin "
+_WAITING: Final = """#!/bin/sh
+{mark}
+{waits}{identifier}
+tries=0
+while [ "$tries" -lt 100 ]; do
+    grep -qF -- '{waits}' "$0" 2>/dev/null || exec "$0" "$@"
+    tries=$((tries + 1))
+    sleep 0.1
+done
+echo "freeflow: the plugin has started, and the engine does not answer it: journalctl -u docker" >&2
+exit 2
+"""
+
+
 def plugin_id(mountinfo: str) -> str | None:
     """The plugin's ID, from the source of its socket directory (/proc/self/mountinfo, proc(5))."""
     for line in mountinfo.splitlines():
@@ -83,6 +103,21 @@ def script(root: str) -> str:
     )
 
 
+def announce(directory: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Put a script that waits in the command's place, unless this plugin's is there.
+
+    A failure is not logged: `install` does that.
+    """
+    identifier = plugin_id(mountinfo.read_text(errors="replace"))
+    if identifier is None:
+        return False
+    with contextlib.suppress(OSError):
+        if identifier in (directory / NAME).read_text(errors="replace"):
+            return False
+    text = _WAITING.format(mark=MARK, waits=_WAITS, identifier=identifier)
+    return _replace(directory, text) is None
+
+
 def install(
     directory: Path,
     engine_root: str,
@@ -96,25 +131,27 @@ def install(
     if identifier is None or not engine_root:
         log.info("the freeflow command is not installed", reason="not run by Docker as a plugin")
         return False
+    reason = _replace(directory, script(f"{engine_root}/plugins/{identifier}/rootfs"))
+    if reason is not None:
+        log.warning("the freeflow command is not installed", reason=reason)
+    return reason is None
+
+
+def _replace(directory: Path, text: str) -> str | None:
+    """Replace the command, in one step. Returns why it could not be done."""
     target = directory / NAME
-    text = script(f"{engine_root}/plugins/{identifier}/rootfs")
     try:
         if target.is_symlink() or (
             target.exists() and MARK not in target.read_text(errors="replace")
         ):
-            log.warning(
-                "the freeflow command is not installed",
-                reason=f"{target.name} is another program's",
-            )
-            return False
+            return f"{target.name} is another program's"
         temporary = target.with_name(f".{NAME}.new")
         temporary.write_text(text)
         temporary.chmod(0o755)
         temporary.replace(target)
     except OSError as error:
-        log.warning("the freeflow command is not installed", reason=str(error))
-        return False
-    return True
+        return str(error)
+    return None
 
 
 def exists(directory: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from plugin.host_command import MARK, NAME, exists, install, plugin_id, remove, script
+from plugin.host_command import MARK, NAME, announce, exists, install, plugin_id, remove, script
 from testbed.patience import patience
 
 ID = "0123456789abcdef" * 4
@@ -194,6 +194,44 @@ def test_another_plugin_meanwhile(directory: Path, mounts: Path, moment: str) ->
     assert sorted(path.name for path in directory.iterdir()) == [NAME, "tools"]
 
 
+def test_the_command_right_after_the_start(directory: Path, mounts: Path) -> None:
+    """A command that is typed before the engine has said where the plugin is waits, and becomes the
+    command that then appears, with the same arguments.
+    """
+    assert announce(directory, mounts)
+    early = subprocess.Popen(
+        [directory / NAME, "runtime", "install"], stdout=subprocess.PIPE, text=True
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        early.wait(0.3)
+    new = directory / "new"
+    new.write_text(f"#!/bin/sh\n{MARK}\necho new: $*\n")
+    new.chmod(0o755)
+    new.replace(directory / NAME)
+    assert early.communicate(timeout=patience(30))[0] == "new: runtime install\n"
+    assert remove(directory)
+
+
+def test_the_early_command_replaces_no_other(directory: Path, mounts: Path) -> None:
+    """What waits replaces the command of a removed plugin, and neither this plugin's own, nor
+    another program's.
+    """
+    install(directory, "/var/lib/docker", mounts)
+    before = (directory / NAME).read_text()
+    assert not announce(directory, mounts)
+    assert (directory / NAME).read_text() == before
+    (directory / NAME).write_text(before.replace(ID, ID[::-1]))
+    assert announce(directory, mounts)
+    assert install(directory, "/var/lib/docker", mounts)
+    assert (directory / NAME).read_text() == before
+    (directory / NAME).write_text("#!/bin/sh\necho mine\n")
+    assert not announce(directory, mounts)
+    assert (directory / NAME).read_text() == "#!/bin/sh\necho mine\n"
+    assert not announce(directory / "none", mounts)
+    mounts.write_text("")
+    assert not announce(directory, mounts)
+
+
 def test_missing_command_is_noticed(directory: Path, mounts: Path) -> None:
     """exists() is true for any file of that name, and where none can be installed."""
     assert not exists(directory)
@@ -218,11 +256,13 @@ def test_script_is_sound(directory: Path, root: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
-def test_script_passes_shellcheck(directory: Path) -> None:
-    """The script passes shellcheck."""
-    file = directory / NAME
-    file.write_text(script("/var/lib/docker/plugins/x/rootfs"))
-    done = subprocess.run(["shellcheck", file], capture_output=True, text=True, check=False)
+def test_script_passes_shellcheck(directory: Path, mounts: Path) -> None:
+    """The scripts pass shellcheck."""
+    assert announce(directory, mounts)
+    (directory / NAME).rename(directory / "early")
+    assert install(directory, "/var/lib/docker", mounts)
+    words = ["shellcheck", str(directory / "early"), str(directory / NAME)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
