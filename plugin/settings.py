@@ -224,15 +224,16 @@ class Settings:
     acceleration: str = _setting(
         _SWITCH,
         "on",
-        "`off`: no connection of this host moves to shared memory, RDMA or the relays",
+        "`off`: no connection of this host moves to shared memory, RDMA or the relays; "
+        "[the runtime](runtime.md) adds no library",
     )
     other_networks: str = _setting(
         _SWITCH,
         "off",
         "`on`: connections on networks of Docker's own drivers move to shared memory, RDMA or the "
         "relays too, unless the network has the label `freeflow.accelerate=off`",
-        details="`off`: only on those with the label `freeflow.accelerate=on`. See "
-        "[Other networks](other-networks.md).",
+        details="`off`: only on those with the label `freeflow.accelerate=on` or `trust`. Networks "
+        "of other plugins need it in any case. See [Other networks](other-networks.md).",
     )
     ebpf: str = _setting(
         _SWITCH,
@@ -243,13 +244,16 @@ class Settings:
     rdma: str = _setting(
         _SWITCH,
         "on",
-        "`off`: no connection to a container of another host moves to RDMA",
-        details="Connections within the host still move to shared memory. See [RDMA](rdma.md).",
+        "`off`: no connection to a container of another host moves to RDMA, and queue pairs of "
+        "[verbs](verbs.md) with other hosts don't use it",
+        details="Both can still use TCP between the relays, and shared memory within the host. See "
+        "[RDMA](rdma.md).",
     )
     relay: str = _setting(
         _SWITCH,
         "on",
-        "`off`: no connection to a container of another host moves to TCP between the relays",
+        "`off`: no connection to a container of another host moves to TCP between the relays, and "
+        "queue pairs of [verbs](verbs.md) don't use it: without RDMA they reach this host only",
         details="See [TCP between relays](relay.md).",
     )
     verbs: str = _setting(

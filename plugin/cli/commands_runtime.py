@@ -14,8 +14,10 @@ def runtime() -> None:
     """Let the engine add the library to containers, without a change of a stack.
 
     The engine calls a small program, freeflow-runc, at each start of a container. It adds the
-    library to containers on FreeFlow networks, and then calls runc. Label freeflow.accelerate=off
-    or variable FREEFLOW=off leaves a container out.
+    library to containers on accelerated networks, and then calls runc: FreeFlow's own, those of
+    other drivers with the label freeflow.accelerate=on (or trust), and with the plugin's setting
+    OTHER_NETWORKS=on all of Docker's own drivers. The label freeflow.accelerate=off or the variable
+    FREEFLOW=off leaves a container out. RDMA programs need freeflow inject --verbs.
     """
 
 
