@@ -46,10 +46,12 @@ def browser() -> Iterator[Browser]:
 
 
 @contextlib.contextmanager
-def serving(source: ExampleSwarm | PageSource, token: str = "") -> Iterator[str]:
+def serving(
+    source: ExampleSwarm | PageSource, token: str = "", *, loopback: bool = True
+) -> Iterator[str]:
     """The page of a Swarm, refreshed five times as often as usual."""
     found = source.source() if isinstance(source, ExampleSwarm) else source
-    page = create_page(PageFeed(found), PageAccess(token, loopback=True))
+    page = create_page(PageFeed(found), PageAccess(token, loopback))
     server = BoundedServer(("127.0.0.1", 0), page)
     server.start()
     try:
@@ -267,6 +269,16 @@ def test_token(browser: Browser) -> None:
         opened(browser, f"{url}#token={TOKEN}")
         assert browser.run("return location.href") == url
         browser.run("sessionStorage.clear()")
+        browser.messages()
+
+
+def test_a_page_that_is_off(browser: Browser) -> None:
+    """Where the page needs a token and has none, it says how to set one, and shows nothing."""
+    with serving(shop(), loopback=False) as url:
+        browser.open(url)
+        browser.wait("return document.getElementById('live').textContent.includes('UI_TOKEN=')")
+        assert browser.run("return document.getElementById('content').hidden")
+        assert "backup" not in browser.run("return document.body.textContent")
         browser.messages()
 
 
