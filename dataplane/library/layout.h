@@ -36,6 +36,8 @@
  *      clean    w sender, before tail; r receiver after tail: up to this tail no byte had gone over TCP since the
  *               move when it was put (raw.h)
  *      messages w sender, before tail; r router: how often bytes were put, for people
+ *      visible  w receiver (release)  r sender and relay, once the receiver is gone (acquire): of a queue pair: its
+ *                                                            program may see what was executed below (record.h)
  *      stop     w receiver (seq_cst)  r sender (seq_cst)     the receiver requests that the ring ends; STOP_RAW:
  *                                                            because bytes came over TCP
  *      busy     w sender (seq_cst)    r receiver (seq_cst)   the sender is between checking `stop` and publishing;
@@ -118,6 +120,7 @@ struct ring {
         _Atomic uint32_t ready;
         _Atomic uint32_t stop;
         _Atomic uint32_t receiver_cpu;
+        _Atomic uint64_t visible;
         /* sleepers: receivers for bytes, senders for space */
         _Alignas(64) struct waiters receivers;
         _Alignas(64) struct waiters senders;
@@ -136,6 +139,7 @@ _Static_assert(sizeof(struct ring) <= RING_HEADER, "the ring's header fits befor
 _Static_assert(offsetof(struct ring, clean) == 48, "layout is part of the version");
 _Static_assert(offsetof(struct ring, messages) == 56, "layout is part of the version");
 _Static_assert(offsetof(struct ring, head) == 64, "sender and receiver write different lines");
+_Static_assert(offsetof(struct ring, visible) == 88, "layout is part of the version");
 _Static_assert(offsetof(struct ring, receivers) == 128, "waiters have lines of their own");
 _Static_assert(offsetof(struct ring, senders) == 192, "waiters have lines of their own");
 _Static_assert(offsetof(struct ring, incarnation) == 256, "layout is part of the version");

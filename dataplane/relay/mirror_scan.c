@@ -44,10 +44,22 @@ bool mirror_scan_sent(struct mirror *m)
         return true;
 }
 
+/* What the process receives it has taken up to here. A process that has ended may have seen more
+ * than it came to say (record.h of our libibverbs). */
+static uint64_t position_taken(const struct mirror *m)
+{
+        uint64_t head = atomic_load_explicit(&m->in->head, memory_order_acquire), visible;
+
+        if (!m->closed || !m->queue_pair)
+                return head;
+        visible = atomic_load_explicit(&m->in->visible, memory_order_acquire);
+        return visible - head <= m->arrived - head ? visible : head;
+}
+
 /* Reads the ring that the process receives. False: it holds invalid values. */
 static bool scan_taken(struct mirror *m)
 {
-        uint64_t head = atomic_load_explicit(&m->in->head, memory_order_acquire);
+        uint64_t head = position_taken(m);
 
         if (head - m->consumed > m->arrived - m->consumed)
                 return false;

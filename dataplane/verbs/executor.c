@@ -7,6 +7,7 @@ enum { BATCH = 64 };
 /* What becomes of the next record. */
 enum step {
         STEP_DONE,    /* it is executed */
+        STEP_TOLD,    /* it is, and the other side can know it */
         STEP_LATER,   /* it waits for a receive, or for room for its answer */
         STEP_CORRUPT, /* the other side breaks the rules */
         STEP_STOP,    /* it is refused */
@@ -34,6 +35,8 @@ static enum step refuse(struct queue_pair *queue, enum record_refusal refusal, e
 
         if (!queue_is_reliable(queue))
                 return skip(queue);
+        if (queue->leaves)
+                return STEP_LATER;
         mutex_take(&queue->sending);
         if (atomic_load_explicit(&queue->looped, memory_order_relaxed)) {
                 requester_answer(queue, &told, NULL);
@@ -63,13 +66,33 @@ static bool allows(const struct queue_pair *queue, unsigned int access)
         return queue->attributes.qp_access_flags & access;
 }
 
-/* Copy a payload that may be watched: whoever sees its last byte sees all of it. */
-static void take_in_order(struct record_receiver *receiver, struct cursor *cursor, uint32_t length)
+/* The program is about to see what the record does: publish answers to those before it, which were
+ * executed as well. */
+static void tell_answers(struct queue_pair *queue)
 {
+        if (!queue->answers)
+                return;
+        mutex_take(&queue->sending);
+        queue_publish_put(queue);
+        mutex_release(&queue->sending);
+        queue->answers = false;
+}
+
+/* Copy a payload that may be watched: whoever sees its last byte sees all of it, and the other side
+ * can know that it was written. */
+static void take_in_order(struct queue_pair *queue, struct cursor *cursor)
+{
+        struct record_receiver *receiver = &queue->receiver;
+        uint32_t length = receiver->now.length;
+
         if (length > WORD) {
                 record_take(receiver, cursor, length - WORD);
                 length = WORD;
                 atomic_thread_fence(memory_order_release);
+        }
+        if (receiver->now.flags & RECORD_LAST) {
+                tell_answers(queue);
+                record_show(receiver);
         }
         record_take(receiver, cursor, length);
 }
@@ -115,9 +138,21 @@ static void end_receive(struct queue_pair *queue, enum ibv_wc_opcode opcode, enu
         queue_complete_receive(queue, &wc, record->flags & RECORD_SOLICITED, polled);
 }
 
+/* The other side can know that the message was executed before the program does. */
+static enum step complete_receive(struct queue_pair *queue, enum ibv_wc_opcode opcode,
+                                  const struct cq *polled)
+{
+        tell_answers(queue);
+        record_done(&queue->receiver);
+        end_receive(queue, opcode, IBV_WC_SUCCESS, polled);
+        return STEP_TOLD;
+}
+
 static enum step refuse_send(struct queue_pair *queue, enum ibv_wc_status status, enum record_refusal refusal,
                              const struct cq *polled)
 {
+        if (queue->leaves)
+                return STEP_LATER;
         end_receive(queue, IBV_WC_RECV, status, polled);
         if (!queue_is_reliable(queue)) {
                 atomic_store_explicit(&queue->failed, true, memory_order_release);
@@ -153,8 +188,7 @@ static enum step take_send(struct queue_pair *queue, const struct cq *polled)
         if (record->flags & RECORD_INVALIDATE &&
             !memory_invalidate(record->immediate, queue->domain, queue->plain.qp_base.qp_num))
                 return refuse_send(queue, IBV_WC_LOC_QP_OP_ERR, REFUSED_OPERATION, polled);
-        end_receive(queue, IBV_WC_RECV, IBV_WC_SUCCESS, polled);
-        return STEP_DONE;
+        return complete_receive(queue, IBV_WC_RECV, polled);
 }
 
 /* --- one-sided operations */
@@ -192,12 +226,11 @@ static enum step take_write(struct queue_pair *queue, const struct cq *polled)
                         return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
                 direct_allowed(queue, use.key);
                 vec.iov_base = first;
-                take_in_order(&queue->receiver, &cursor, record->length);
+                take_in_order(queue, &cursor);
                 key_release(&memory_keys, use.key);
         }
-        if (record->flags & RECORD_IMMEDIATE)
-                end_receive(queue, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, polled);
-        return STEP_DONE;
+        return record->flags & RECORD_IMMEDIATE ? complete_receive(queue, IBV_WC_RECV_RDMA_WITH_IMM, polled)
+                                                : STEP_DONE;
 }
 
 /* Put an answer with these bytes. */
@@ -215,6 +248,7 @@ static enum step answer(struct queue_pair *queue, void *bytes, uint32_t length)
         if (outcome == RECORD_OK && view_remote(&queue->sender.view))
                 queue->done_told = response.psn + 1;
         mutex_release(&queue->sending);
+        queue->answers |= outcome == RECORD_OK;
         if (outcome == RECORD_OK)
                 return STEP_DONE;
         return outcome == RECORD_WAIT ? STEP_LATER : STEP_CORRUPT;
@@ -273,15 +307,19 @@ static enum step take_atomic(struct queue_pair *queue)
                         key_release(&memory_keys, use.key);
                         return refuse(queue, REFUSED_REQUEST, QUEUE_REQUEST_ERROR);
                 }
+                tell_answers(queue);
                 queue->swapped_from = change(&queue->receiver, (_Atomic uint64_t *)(void *)first);
                 key_release(&memory_keys, use.key);
                 direct_allowed(queue, use.key);
                 queue->swapped = true;
         }
         step = answer(queue, &queue->swapped_from, WORD);
-        if (step == STEP_DONE)
-                queue->swapped = false;
-        return step;
+        if (step != STEP_DONE)
+                return step;
+        queue->swapped = false;
+        /* The program may have seen it. */
+        tell_answers(queue);
+        return STEP_DONE;
 }
 
 /* --- */
@@ -356,17 +394,18 @@ static enum step take_next(struct queue_pair *queue, const struct cq *polled)
         step = execute(queue, polled);
         if (step == STEP_DONE)
                 record_done(&queue->receiver);
-        return step;
+        return step == STEP_TOLD ? STEP_DONE : step;
 }
 
 bool executor_run(struct queue_pair *queue, const struct cq *polled)
 {
-        uint64_t from;
+        uint64_t from, ahead;
         enum step step = STEP_DONE;
 
         if (!queue_executes(queue) || atomic_load_explicit(&queue->failed, memory_order_relaxed))
                 return false;
         from = queue->receiver.head;
+        ahead = queue->ahead.head;
         for (int taken = 0; taken < BATCH && step == STEP_DONE; taken++) {
                 step = take_next(queue, polled);
                 if (queue_paired(queue) != QUEUE_PAIRED ||
@@ -385,6 +424,7 @@ bool executor_run(struct queue_pair *queue, const struct cq *polled)
                 queue_enter_error(queue, polled);
         else
                 queue_publish(queue);
+        queue->answers = false;
         mutex_release(&queue->sending);
-        return queue->receiver.head != from;
+        return queue->receiver.head != from || queue->ahead.head != ahead;
 }

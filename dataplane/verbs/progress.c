@@ -151,6 +151,24 @@ void progress_feed(struct queue_pair *queue)
                 progress_loop(queue);
 }
 
+void progress_finish(struct queue_pair *queue)
+{
+        const struct ring *in;
+        uint64_t end;
+
+        if (queue_has_datagrams(queue) || atomic_load_explicit(&queue->looped, memory_order_relaxed))
+                return;
+        mutex_take(&queue->receiving);
+        in = queue->receiver.view.ring;
+        end = in ? atomic_load_explicit(&in->tail, memory_order_acquire) : 0;
+        queue->leaves = true;
+        /* The other side may put more all the time. */
+        while (in && (int64_t)(end - queue->receiver.head) > 0 && executor_run(queue, NULL))
+                ;
+        queue->leaves = false;
+        mutex_release(&queue->receiving);
+}
+
 bool progress_arm(struct queue_pair *queue)
 {
         struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);

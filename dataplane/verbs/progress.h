@@ -23,6 +23,9 @@ void progress_loop(struct queue_pair *queue);
 void progress_note_post(struct queue_pair *queue);
 /* The queue pair's shared receive queue has receives for which it has waited. */
 void progress_feed(struct queue_pair *queue);
+/* The program is about to leave the other side: execute what has come by now, as a device would
+ * have done when it came. What is not allowed stays there. */
+void progress_finish(struct queue_pair *queue);
 /* How often programs have polled in vain, about. */
 uint32_t progress_polls(void);
 

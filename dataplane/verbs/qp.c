@@ -154,6 +154,8 @@ VERB int ibv_destroy_qp(struct ibv_qp *plain)
 
         if (!lost && queue_has_datagrams(queue))
                 datagrams_finish(queue);
+        else if (!lost)
+                progress_finish(queue);
         progress_leave(queue, lost);
         if (!lost) {
                 if (queue_has_datagrams(queue))
@@ -287,6 +289,8 @@ VERB int ibv_modify_qp(struct ibv_qp *plain, struct ibv_qp_attr *set, int mask)
 
         if (opened_is_lost(plain->context))
                 return EIO;
+        if (mask & IBV_QP_STATE && (set->qp_state == IBV_QPS_RESET || set->qp_state == IBV_QPS_ERR))
+                progress_finish(queue);
         queue_lock(queue);
         from = queue_state(queue);
         allowed = queue->attributes.qp_access_flags;

@@ -269,18 +269,29 @@ bool queue_is_ready(struct queue_pair *queue)
         return queue->ready;
 }
 
+/* Relays take nothing before the other side is ready: its ring may not be there yet. */
+static bool may_publish(struct queue_pair *queue)
+{
+        return queue->sender.view.ring &&
+               (!view_remote(&queue->sender.view) || queue->ready || queue_is_ready(queue));
+}
+
+void queue_publish_put(struct queue_pair *queue)
+{
+        if (may_publish(queue) && record_publish(&queue->sender))
+                queue_pairer->ring(queue, &queue->sender.view.ring->receivers);
+}
+
 void queue_publish(struct queue_pair *queue)
 {
         if (!queue->sender.view.ring)
                 return;
-        /* Relays take nothing before that: the other side's ring may not be there yet. */
-        if (view_remote(&queue->sender.view) && !queue->ready && !queue_is_ready(queue)) {
+        if (!may_publish(queue)) {
                 atomic_store_explicit(&queue->owes, queue_paired(queue) != QUEUE_LOST, memory_order_relaxed);
                 return;
         }
         put_notes(queue);
-        if (record_publish(&queue->sender))
-                queue_pairer->ring(queue, &queue->sender.view.ring->receivers);
+        queue_publish_put(queue);
 }
 
 /* --- states */
@@ -353,6 +364,7 @@ bool queue_pair_down(struct queue_pair *queue)
 
 void queue_be_lost(struct queue_pair *queue)
 {
+        queue->since = 0;
         atomic_store_explicit(&queue->pairing, QUEUE_LOST, memory_order_release);
         extents_withdraw_soon(&queue->known);
 }
@@ -421,6 +433,7 @@ static void forget(struct queue_pair *queue)
         queue->ahead = (struct record_receiver){0};
         queue->dry = false;
         queue->dry_since = 0;
+        queue->answers = false;
         queue->credit = queue->spent = queue->time = queue->executed = queue->asking = 0;
         queue->refusal = queue->done = queue->done_told = queue->credit_told = 0;
         queue->asked = queue->since = 0;

@@ -12,8 +12,9 @@
  *      ALONE --RTR--> ASKED --queue_pair_up()--> PAIRED --CLOSE, queue_part()--> LOST
  *
  * Until then requests wait in the send queue. A queue pair whose other side is gone becomes LOST
- * when all has been executed that had come. One that is LOST fails at its oldest request, at once
- * or when there is one: the other side may rightly be gone after the last one.
+ * when all has been executed that had come. One that is LOST completes what the other side has
+ * executed, and fails at the oldest request that is left, after the time for which a device would
+ * try. Without one it does not fail: the other side may rightly be gone after the last one.
  * One that is connected with itself needs no router: loop.h.
  *
  * A queue pair of type UC (IBV_QPT_UC) loses what can't be executed instead: a message without a
@@ -147,6 +148,8 @@ struct queue_pair {
         bool busy;                    /* there is such a message */
         bool skips;                   /* UC: the rest of the message or write that is coming is lost */
         _Atomic bool stalled;         /* a message waits for a receive */
+        bool leaves;                  /* progress_finish() */
+        bool answers;                 /* some were put, and are not published */
         struct record_receiver ahead; /* while it does: up to where answers behind it were taken */
         bool swapped;                 /* the atomic operation that comes next is executed, with this result */
         uint64_t swapped_from;
@@ -278,6 +281,8 @@ void queue_count_open(struct queue_pair *queue);
 bool queue_is_ready(struct queue_pair *queue);
 /* Put what is to be told, as far as there is room, and publish all that was put. */
 void queue_publish(struct queue_pair *queue);
+/* Publish what was put. */
+void queue_publish_put(struct queue_pair *queue);
 
 /* Under both: become ERR. */
 void queue_enter_error(struct queue_pair *queue, const struct cq *polled);

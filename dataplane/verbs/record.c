@@ -204,6 +204,14 @@ enum record_outcome record_taken(const struct record_sender *sender, uint64_t ta
         return used <= sender->tail - tail ? RECORD_OK : RECORD_WAIT;
 }
 
+bool record_was_visible(const struct record_sender *sender, uint64_t tail)
+{
+        /* Pairs with record_show(). */
+        uint64_t visible = atomic_load_explicit(&sender->view.ring->visible, memory_order_acquire);
+
+        return sender->tail - visible <= sender->tail - tail;
+}
+
 /* --- receiving */
 
 void record_receive_from(struct record_receiver *receiver, struct view view)
@@ -279,6 +287,16 @@ void record_skip(struct record_receiver *receiver)
 {
         receiver->head += record_size(receiver->now.length);
         receiver->held = false;
+}
+
+void record_show(struct record_receiver *receiver)
+{
+        uint64_t behind = receiver->head + record_size(receiver->now.length);
+
+        /* Pairs with record_was_visible(). */
+        atomic_store_explicit(&receiver->view.ring->visible, behind, memory_order_release);
+        /* What the caller writes next isn't seen before that. */
+        atomic_thread_fence(memory_order_release);
 }
 
 void record_done(struct record_receiver *receiver)

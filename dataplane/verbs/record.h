@@ -56,6 +56,13 @@
  * when half of the ring seems full: there a RESPONSE may have to wait until they do. Then its
  * request is left in the ring, not taken, until it fits.
  *
+ * A request was executed when `head` has passed its record. What it does is not to be visible to
+ * the program of its process before that is certain: the program may end the process as soon as it
+ * sees the last thing for which it has waited, and the request has to complete at the other side
+ * all the same. So `head` passes a message before its receive completes. A write can't be behind
+ * `head` before all of it is written: `visible` passes it before its last bytes are. Answers to
+ * requests before it are published by then.
+ *
  * A process publishes whole records; relays publish bytes. Both sides may write anything at any
  * time. So each header is copied before it is checked, it is never read again, and positions are
  * checked as in ring.h. A side that breaks these rules ends this queue pair, and can do nothing
@@ -201,9 +208,12 @@ void record_receive_from(struct record_receiver *receiver, struct view view);
 enum record_outcome record_put(struct record_sender *sender, struct record *record, struct cursor *payload);
 /* Make what was put readable. The caller then wakes receivers. False: nothing was put. */
 bool record_publish(struct record_sender *sender);
-/* Has the other side taken all below this position of `tail`? In a local arena: has it executed it?
- */
+/* Has the other side executed all below this position of `tail`? In a remote arena it may have, and
+ * the relays have not said so yet. */
 enum record_outcome record_taken(const struct record_sender *sender, uint64_t tail);
+/* The other side executes no more. May its program have seen what it executed below this position?
+ */
+bool record_was_visible(const struct record_sender *sender, uint64_t tail);
 
 /* The next record: `receiver->now`. The same again until record_done(). */
 enum record_outcome record_next(struct record_receiver *receiver);
@@ -211,6 +221,8 @@ enum record_outcome record_next(struct record_receiver *receiver);
 void record_take(struct record_receiver *receiver, struct cursor *to, uint32_t size);
 /* Go on behind `now`, for a copy of a receiver: what the other side knows is not changed. */
 void record_skip(struct record_receiver *receiver);
+/* What `now` does is about to be visible to the program. */
+void record_show(struct record_receiver *receiver);
 /* `now` was executed: its room is free. The caller then wakes senders. */
 void record_done(struct record_receiver *receiver);
 

@@ -221,12 +221,11 @@ static bool is_executed(struct queue_pair *queue, const struct send_work *work)
 
         if ((int32_t)(queue->executed - work->psn) > 0)
                 return true;
-        if (view_remote(&queue->sender.view))
-                return false;
         outcome = record_taken(&queue->sender, work->behind);
         if (outcome == RECORD_CORRUPT)
                 queue_fail(queue, QUEUE_FATAL);
-        return outcome == RECORD_OK;
+        return outcome == RECORD_OK || (outcome == RECORD_WAIT && queue_paired(queue) == QUEUE_LOST &&
+                                        record_was_visible(&queue->sender, work->behind));
 }
 
 static bool is_done(struct queue_pair *queue, const struct send_work *work)
@@ -238,7 +237,22 @@ static bool is_done(struct queue_pair *queue, const struct send_work *work)
         return work->direct || send_is_local(work) || !queue_is_reliable(queue) || is_executed(queue, work);
 }
 
-/* The oldest request has lost the other side. */
+/* The oldest request has lost the other side. Is the time over for which a device would try? Until
+ * then a program can take what else has completed, which on a device may be all that it waits for.
+ */
+static bool has_given_up(struct queue_pair *queue)
+{
+        const uint64_t most = 500000000;
+        const struct ibv_qp_attr *set = &queue->attributes;
+        uint64_t tries = (UINT64_C(4096) << set->timeout) * (set->retry_cnt + UINT64_C(1));
+        uint64_t now = monotonic();
+
+        if (!queue->since)
+                queue->since = now;
+        return now - queue->since >= (set->timeout && tries < most ? tries : most);
+}
+
+/* It has lost it for good. */
 static void fail_lost(struct queue_pair *queue, const struct cq *polled)
 {
         queue_complete_send(queue, IBV_WC_RETRY_EXC_ERR, polled);
@@ -269,7 +283,7 @@ void requester_complete(struct queue_pair *queue, const struct cq *polled)
         /* A request that fails is the oldest that is put, or the first that isn't. */
         if (send_at(sends, sends->head)->status)
                 queue_complete_send(queue, (enum ibv_wc_status)send_at(sends, sends->head)->status, polled);
-        else if (queue_paired(queue) == QUEUE_LOST && queue_is_reliable(queue))
+        else if (queue_paired(queue) == QUEUE_LOST && queue_is_reliable(queue) && has_given_up(queue))
                 fail_lost(queue, polled);
 }
 
@@ -440,7 +454,7 @@ void requester_check_time(struct queue_pair *queue)
         uint64_t most, now;
 
         if (sends->head == sends->tail || work->status || queue_state(queue) != IBV_QPS_RTS ||
-            !waits_in_vain(queue, work))
+            (queue_paired(queue) == QUEUE_LOST && queue_is_reliable(queue)) || !waits_in_vain(queue, work))
                 return;
         most = patience(queue);
         if (!most)

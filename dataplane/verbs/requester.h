@@ -5,6 +5,8 @@
  *
  *      SEND, WRITE     when the other side has executed the last record. In a local arena it has
  *                      when it has taken it, in a remote one it says so (DONE).
+ *                      Once that is gone all that it had executed is complete (record.h), and the
+ *                      rest fails.
  *                      Those of type UC when it is put, or when it is lost for want of another side,
  *                      or of a receive, for some time.
  *      READ, atomics   when all answers have come

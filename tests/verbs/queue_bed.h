@@ -110,7 +110,7 @@ static inline void make_end(struct end *end, struct ibv_context *context, struct
 
 static inline void destroy_end(struct end *end)
 {
-        CHECK(ibv_destroy_qp(end->qp) == 0);
+        CHECK(!end->qp || ibv_destroy_qp(end->qp) == 0);
         CHECK(ibv_destroy_cq(end->sent) == 0 && ibv_destroy_cq(end->received) == 0);
         CHECK(ibv_dealloc_pd(end->pd) == 0);
 }

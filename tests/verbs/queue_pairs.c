@@ -6,6 +6,7 @@
  * Each operation in each size of ring, byte for byte; each error that one side can make, with what
  * both sides hear of it; and the order and the limits that programs rely on.
  */
+#include "../../dataplane/verbs/monotonic.h"
 #include "queue_bed.h"
 
 enum { SIZE = 300000, GAP = 64 };
@@ -72,10 +73,14 @@ static void connect_with(struct ibv_qp_attr first, struct ibv_qp_attr second)
         become_ready(ends[1].qp, second);
 }
 
+/* They don't try for long if the other one is gone. */
 static void start(void)
 {
+        struct ibv_qp_attr attributes = usual_attributes(0);
+
+        attributes.timeout = 1;
         make_ends(false);
-        connect_with(usual_attributes(0), usual_attributes(0));
+        connect_with(attributes, attributes);
 }
 
 static void end_all(void)
@@ -623,6 +628,50 @@ static void check_other_gone(void)
         }
 }
 
+/* What had come when the program leaves the other side was executed, as by a device; what is not
+ * allowed was not. The rest fails when a device would give up, not before. */
+static void check_executes_before_leaving(void)
+{
+        enum { RESET, ERROR, DESTROY, WAYS };
+
+        for (int way = 0; way < WAYS; way++) {
+                struct ibv_qp_attr attributes = usual_attributes(0);
+                struct ibv_sge from, to;
+                struct ibv_send_wr wrong;
+                uint64_t begin;
+
+                attributes.timeout = 10;
+                make_ends(false);
+                connect_with(attributes, attributes);
+                from = piece(0, 0, 100000);
+                to = piece(1, 0, 100000);
+                wrong = one_sided(IBV_WR_RDMA_WRITE, &from, 0);
+                wrong.wr.rdma.rkey += 1 << KEY_GENERATION_BITS;
+                CHECK(receive(1, 20, &to, 1) == 0);
+                if (remote)
+                        from.length = 20000;
+                CHECK(post(0, one_sided(IBV_WR_SEND, &from, 0)) == 0);
+                from.length = 1000;
+                CHECK(post(0, one_sided(IBV_WR_RDMA_READ, &from, 0)) == 0);
+                CHECK(post(0, wrong) == 0 && post(0, wrong) == 0);
+                CHECK(queue_of(ends[0].qp)->sends.next == queue_of(ends[0].qp)->sends.tail);
+                if (way == DESTROY) {
+                        CHECK(ibv_destroy_qp(ends[1].qp) == 0);
+                        ends[1].qp = NULL;
+                } else {
+                        CHECK(modify(ends[1].qp, way == RESET ? IBV_QPS_RESET : IBV_QPS_ERR, attributes,
+                                     IBV_QP_STATE) == 0);
+                }
+                begin = monotonic();
+                CHECK(wait_for(ends[0].sent, NULL).status == IBV_WC_SUCCESS);
+                CHECK(wait_for(ends[0].sent, NULL).status == IBV_WC_SUCCESS);
+                CHECK(wait_for(ends[0].sent, NULL).status == IBV_WC_RETRY_EXC_ERR);
+                CHECK(monotonic() - begin >= (UINT64_C(4096) << 10) * 8);
+                CHECK(wait_for(ends[0].sent, NULL).status == IBV_WC_WR_FLUSH_ERR);
+                end_all();
+        }
+}
+
 /* What the other side had asked for before it went is executed. */
 static void check_executes_before_close(void)
 {
@@ -1095,16 +1144,27 @@ static void check_parent_domains(void)
 int main(void)
 {
         static void (*const checks[])(void) = {
-            check_send,        check_write_and_read,
-            check_atomics,     check_inline,
-            check_signals,     check_fence,
-            check_many_reads,  check_receives,
-            check_no_receive,  check_refusals,
-            check_bad_receive, check_own_keys,
-            check_other_gone,  check_executes_before_close,
-            check_again,       check_down,
-            check_drain,       check_windows,
-            check_addresses,   check_executes_before_loss,
+            check_send,
+            check_write_and_read,
+            check_atomics,
+            check_inline,
+            check_signals,
+            check_fence,
+            check_many_reads,
+            check_receives,
+            check_no_receive,
+            check_refusals,
+            check_bad_receive,
+            check_own_keys,
+            check_other_gone,
+            check_executes_before_close,
+            check_again,
+            check_executes_before_leaving,
+            check_down,
+            check_drain,
+            check_windows,
+            check_addresses,
+            check_executes_before_loss,
             check_loop,
         };
 

@@ -24,6 +24,7 @@ from tests.relay.conftest import FAULTS, build
 from tests.relay.test_faults import kept_up
 from tests.verbs.conftest import HEADER, SECONDS
 from tests.verbs.far_router import FarRouter, far_router
+from tests.verbs.hand_router import hand_router
 from tests.verbs.test_pair import PROGRAM, environment, free_port, listens, play
 
 FAR: Final = Path(__file__).with_name("far.c")
@@ -246,6 +247,45 @@ def test_peer_is_killed(peers: Peers) -> None:
     _, (one, other) = peers
     one.kill()
     check_lost(other)
+
+
+LAST: Final = [("1", "polling", "shared"), ("100000", "sleeping", "own")]
+"""Messages of `far last`."""
+
+
+@pytest.mark.parametrize("messages", LAST, ids=" ".join)
+def test_peer_ends_with_its_last_message(
+    far: Path,
+    library: Path,
+    relay: Path,
+    socket_path: Path,
+    board: Path,
+    transport: int,
+    messages: tuple[str, ...],
+) -> None:
+    """What a process has executed completes at its peer, though it ends at once: on another host,
+    and on the same one.
+    """
+    for _ in range(2):
+        with far_router(socket_path, relay, transport):
+            exchange_last(far, library, socket_path, board, messages)
+        with hand_router(socket_path):
+            exchange_last(far, library, socket_path, board, messages)
+
+
+def exchange_last(
+    far: Path, library: Path, router: Path, board: Path, messages: tuple[str, ...]
+) -> None:
+    """Run the two processes of `far last`, of which the second one kills itself."""
+    board.write_bytes(bytes(4096))
+    ends = [start(far, library, router, "last", str(board), side, *messages) for side in "01"]
+    try:
+        said = [end.communicate(timeout=patience(60)) for end in ends]
+    finally:
+        for end in ends:
+            end.kill()
+            end.wait()
+    assert [end.returncode for end in ends] == [0, -signal.SIGKILL], said
 
 
 def test_relay_is_killed(peers: Peers) -> None:

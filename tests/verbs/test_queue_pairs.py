@@ -1,5 +1,5 @@
 """Queue pairs through the functions that programs call, without a router: see `queue_pairs.c`,
-`queue_kinds.c` and `queue_torture.c`.
+`queue_kinds.c`, `last_words.c` and `queue_torture.c`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ def test_unreliable_and_shared(tmp_path: Path, sanitizer: str) -> None:
     say.
     """
     run_test(compile_test("queue_kinds", tmp_path, sanitizer, *sources()))
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_peer_that_ends(tmp_path: Path, sanitizer: str) -> None:
+    """What a process has executed completes at its peer, wherever the process ends once its program
+    can see it: see `last_words.c`.
+    """
+    wrapped = ("-Wl,--wrap=completions_put", "-Wl,--wrap=key_release")
+    run_test(compile_test("last_words", tmp_path, sanitizer, *sources(), *wrapped))
 
 
 @pytest.mark.timeout(2 * int(SECONDS) + 200)
