@@ -3,6 +3,7 @@
 #include "arena.h"
 #include "clock.h"
 #include "ends.h"
+#include "real.h"
 #include "router.h"
 #include "settings.h"
 #include "sys.h"
@@ -10,6 +11,10 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
+
+/* A symbol of our libibverbs' companion (verbs/virtual.h): where it is loaded the program may ask
+ * for devices later. */
+#define COMPANION "freeflow_virtual_files_2"
 
 static const struct verbs_client *_Atomic client;
 static _Atomic bool has_retired;
@@ -257,7 +262,7 @@ void verbs_alias(int old, int new)
 
 bool verbs_are_used(void)
 {
-        return atomic_load(&client) != NULL;
+        return atomic_load(&client) || real_named(COMPANION);
 }
 
 void verbs_fork(void)

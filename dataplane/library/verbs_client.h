@@ -12,7 +12,7 @@ static inline bool verbs_is_kind(const struct message *message)
 
 /* Under the router's lock: a message of such a kind. See hooks.received(). */
 void verbs_received(const void *message, size_t size, int *descriptors, int count);
-/* Is there a client? */
+/* Is there a client, or may there be one later? */
 bool verbs_are_used(void);
 void verbs_fork(void);
 void verbs_fork_done(bool made);
