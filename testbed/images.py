@@ -12,8 +12,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +64,29 @@ def locked(name: str) -> Iterator[None]:
     with (cache() / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def workshop(target: Path) -> Iterator[Path]:
+    """A folder to make something in, for one process at a time.
+
+    A folder that a killed process has left behind is used again.
+    """
+    with locked(target.name):
+        folder = cache() / f"new-{target.name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+
+def forget_others(keep: Path, pattern: str) -> None:
+    """Remove results of other recipes that are older than a day, because they are large."""
+    for old in cache().glob(pattern):
+        if old != keep and time.time() - old.stat().st_mtime > 86400:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def bootstrap(suite: str, packages: str, target: Path) -> None:

@@ -13,8 +13,10 @@ from typing import Final
 
 import click
 
+from testbed.debian_suite import SuiteAbsentError
 from testbed.images import ENGINES, make_bench_base, make_engine, make_workload
 from testbed.process import CommandError
+from testbed.verbs_packages import RDMA_CORE, make_rdma_core, make_valkey
 from testbed.versions import VersionAbsentError, make_last
 from testbed.vm.guest_images import KERNELS, KernelAbsentError, make_kernel, make_root_image
 
@@ -25,12 +27,15 @@ THINGS: Final[dict[str, Callable[[], object]]] = {
     **{f"kernel-{name}": lambda n=name: make_kernel(n) for name in KERNELS},  # type: ignore[misc]
     "bench": make_bench_base,
     "last-version": make_last,
+    **{f"rdma-core-{suite}": lambda s=suite: make_rdma_core(s) for suite in RDMA_CORE},  # type: ignore[misc]
+    "valkey": make_valkey,
 }
 GROUPS: Final = {
     "swarm": [
         *(name for name in THINGS if name.startswith("engine-")),
         *("workload", "last-version"),
     ],
+    "verbs": [*(f"rdma-core-{suite}" for suite in RDMA_CORE), "valkey"],
     "vm": ["guest", *(name for name in THINGS if name.startswith("kernel-"))],
 }
 
@@ -46,7 +51,7 @@ def prepare(names: Iterable[str], say: Callable[[str], None]) -> None:
         say(f"{name} …")
         try:
             THINGS[name]()
-        except (KernelAbsentError, VersionAbsentError) as error:
+        except (KernelAbsentError, SuiteAbsentError, VersionAbsentError) as error:
             # The archive drops old releases at some time, and a checkout may lack the history.
             # Tests that need them say so.
             say(f"{name}: {error}")

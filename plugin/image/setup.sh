@@ -10,7 +10,9 @@ wanted="$wanted e2fsprogs kmod qemu-system-x86 zstd"
 # Programs of verbs, and rdma-core's own tests, which use our libibverbs.
 wanted="$wanted ibverbs-utils perftest python3-pyverbs rdmacm-utils"
 # Applications that use verbs by libraries of their own.
-wanted="$wanted libfabric-bin libopenmpi-dev openmpi-bin qperf ucx-utils"
+wanted="$wanted libfabric-bin libgloo-dev libopenmpi-dev openmpi-bin qperf ucx-utils"
+# To build programs of verbs, one of them from its Debian source.
+wanted="$wanted dpkg-dev librdmacm-dev"
 # Checks the alert rules, and asks what the Grafana board asks.
 wanted="$wanted prometheus"
 # Opens the live page.

@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from testbed.bed import Bed
 from testbed.host import PLUGIN
-from testbed.images import cache, locked, recipe_key
+from testbed.images import cache, forget_others, locked, recipe_key
 from testbed.process import wait_until
 from testbed.vm.guest import Guest
-from testbed.vm.guest_images import ext4, forget_others
+from testbed.vm.guest_images import ext4
 
 ENGINE: Final = "26.1"  # The version in the guests' Debian release.
 MEMORY: Final = 1536

@@ -13,14 +13,21 @@ import shutil
 import stat
 import struct
 import subprocess
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from testbed.images import TOP, NotPreparedError, bootstrap, cache, locked, recipe_key
+from testbed.debian_suite import DebianSuite, SuiteAbsentError
+from testbed.images import (
+    TOP,
+    NotPreparedError,
+    bootstrap,
+    cache,
+    forget_others,
+    recipe_key,
+    workshop,
+)
 from testbed.process import CommandError, run
 
 KERNELS: Final = {"6.12": "trixie", "6.1": "bookworm", "5.10": "bullseye"}
@@ -206,13 +213,6 @@ def ext4(tree: Path, image: Path, room: int) -> None:
     )
 
 
-def forget_others(keep: Path, pattern: str) -> None:
-    """Remove results of other recipes that are older than a day, because they are large."""
-    for old in cache().glob(pattern):
-        if old != keep and time.time() - old.stat().st_mtime > 86400:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
 def _root_path() -> Path:
     key = recipe_key(_SUITE, ",".join(_packages()), _VM_INIT, str(_ROOM))
     return cache() / f"guest-{key}.ext4"
@@ -230,26 +230,10 @@ def root_image() -> Path:
     return target
 
 
-@contextmanager
-def _workshop(target: Path) -> Iterator[Path]:
-    """A folder to make something in, for one process at a time.
-
-    A folder that a killed process has left behind is used again.
-    """
-    with locked(target.name):
-        folder = cache() / f"new-{target.name}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder)
-
-
 def make_root_image() -> Path:
     """The guests' root file system; makes it if it is absent (about a minute)."""
     target = _root_path()
-    with _workshop(target) as folder:
+    with workshop(target) as folder:
         if not target.exists():
             # Named like the target, so that downloads of another recipe are not used for this one.
             tree = folder / target.stem
@@ -300,7 +284,7 @@ def make_kernel(name: str) -> BootKernel:
         KernelAbsentError: the archive has no such release (any more).
     """
     target = _kernel_path(name)
-    with _workshop(target) as folder:
+    with workshop(target) as folder:
         if not target.exists():
             made = folder / "made"
             made.mkdir()
@@ -339,54 +323,22 @@ def _make_kernel(suite: str, work: Path, fetched: Path, made: Path) -> None:
 
 
 def _download(suite: str, work: Path, fetched: Path) -> Path:
-    """Download and unpack a suite's kernel and busybox, by apt with its own configuration.
+    """Download and unpack a suite's kernel and busybox.
 
     Packages that are in `fetched` are not downloaded again.
     """
-    mirror = run([str(TOP / "plugin/image/mirror.sh")]).strip()
-    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    (work / "sources.list").write_text(
-        f"deb [arch=amd64 signed-by={keyring}] {mirror} {suite} main\n"
-    )
-    (work / "status").touch()
-    settings = {
-        "Dir::Etc::SourceList": work / "sources.list",
-        "Dir::Etc::SourceParts": "-",
-        "Dir::Etc::Preferences": "-",
-        "Dir::Etc::PreferencesParts": "-",
-        "Dir::State": work / "state",
-        "Dir::State::Status": work / "status",
-        "Dir::Cache": work / "cache",
-        "APT::Architecture": "amd64",
-        "APT::Sandbox::User": "root",
-        "Acquire::Languages": "none",
-        "Acquire::Check-Valid-Until": "false",
-    }
-    options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
-    (work / "state/lists/partial").mkdir(parents=True)
-    (work / "cache/archives/partial").mkdir(parents=True)
     try:
-        run(["apt-get", *options, "-qq", "update"], timeout=None)
-    except CommandError as error:
-        if "404" not in error.output:
-            raise
-        raise KernelAbsentError(f"the Debian archive serves no {suite}: {error}") from error
-    try:
-        depends = run(["apt-cache", *options, "depends", "linux-image-amd64"])
-    except CommandError as error:
+        archive = DebianSuite(suite, work, architecture="amd64")
+        depends = archive.ask("apt-cache", "depends", "linux-image-amd64")
+    except (SuiteAbsentError, CommandError) as error:
         raise KernelAbsentError(f"the Debian archive serves no {suite}: {error}") from error
     image = next(
         word
         for word in depends.split()
         if word.startswith("linux-image-") and word != "linux-image-amd64"
     )
-    fetched.mkdir(parents=True, exist_ok=True)
-    there = ["sh", "-c", 'cd "$0" && exec apt-get "$@"', str(fetched)]
-    run([*there, *options, "-qq", "download", image, "busybox-static"], timeout=None)
     unpacked = work / "unpacked"
-    for package in (image, "busybox-static"):
-        newest = max(fetched.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime)
-        run(["dpkg", "-x", str(newest), str(unpacked)], timeout=None)
+    archive.unpack((image, "busybox-static"), unpacked, fetched)
     return unpacked
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed import images, versions
+from testbed import images, verbs_packages, versions
+from testbed.debian_suite import SuiteAbsentError
 from testbed.images import NotPreparedError, engine_root, workload_tar
 from testbed.patience import patience
 from testbed.prepare import GROUPS, THINGS, prepare
@@ -114,6 +115,27 @@ def test_a_kernel_that_left_the_archive(tmp_path: Path, monkeypatch: pytest.Monk
             make_kernel("5.10")
         with pytest.raises(KernelAbsentError, match="serves no bullseye"):
             kernel("5.10")
+
+
+def test_programs_that_left_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make prepare` says that the archive lacks programs and goes on; who needs them is told the
+    reason.
+    """
+    monkeypatch.setenv("FREEFLOW_CACHE", str(tmp_path))
+    with pytest.raises(NotPreparedError, match="run `make prepare`"):
+        verbs_packages.valkey()
+
+    def absent(name: str, *_: object, **__: object) -> None:
+        raise SuiteAbsentError(f"the Debian archive serves no {name}")
+
+    monkeypatch.setattr(verbs_packages, "DebianSuite", absent)
+    said: list[str] = []
+    prepare(GROUPS["verbs"], said.append)
+    assert sum("serves no" in line for line in said) == len(GROUPS["verbs"])
+    with pytest.raises(SuiteAbsentError, match="serves no bullseye"):
+        verbs_packages.rdma_core("bullseye")
+    with pytest.raises(SuiteAbsentError, match="serves no forky"):
+        verbs_packages.valkey()
 
 
 def test_failure_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
