@@ -19,8 +19,8 @@ struct reply {
 };
 
 enum {
-        /* ms in which a peer that owes a reply says nothing, and in which it doesn't reply whatever
-         * it says: bulk may be before WIRE_DROPPED, and before the reply. */
+        /* ms in which a peer that owes an answer says nothing, and in which it doesn't confirm
+         * WIRE_DROPPED whatever it says: bulk may be before that, and before the reply. */
         SILENCE = 10000,
         PATIENCE = 120000,
         /* in bytes, and for each block what it costs besides */
@@ -103,7 +103,7 @@ static void become(struct link *link, enum link_state state)
                 lane->asks = lane->answers = lane->moves = false;
         }
         link->message_lane = 0;
-        link->check_at = link->checked = link->progress_at = 0;
+        link->check_at = link->checked = link->progress_at = link->asked_at = 0;
         list_take(&link->farewells, &link->said);
         EACH(node, &link->mirrors)
                 mirror_resume(OF(node, struct mirror, of_link));
@@ -191,9 +191,20 @@ void link_use_stream(struct link *link, const struct transport *stream)
         become(link, LINK_STREAM);
 }
 
+/* Has the peer send something. While nothing is on the way, nothing else says that its host is
+ * gone. */
+static void ask(struct link *link)
+{
+        link->lanes[link->message_lane].asks = true;
+        if (!link->asked_at)
+                link->asked_at = now();
+}
+
 void link_expire(struct link *link, enum relay_user user, uint32_t most)
 {
-        if (link->state == LINK_UP || link->state == LINK_STREAM)
+        if (link->state == LINK_UP)
+                ask(link);
+        if (link_is_live(link))
                 return;
         EACH(node, &link->mirrors)
                 mirror_expire(OF(node, struct mirror, of_link), user, most);
@@ -558,6 +569,18 @@ static uint64_t reply_due(const struct link *link)
         return due < last ? due : last;
 }
 
+/* When the peer's relay has to have answered; 0: it owes nothing. */
+static uint64_t answer_due(const struct link *link)
+{
+        uint64_t due = 0;
+
+        if (link->asked_at)
+                due = link->asked_at + SILENCE * UINT64_C(1000000);
+        if (list_holds(&link->dropping))
+                due_first(&due, reply_due(link));
+        return due;
+}
+
 uint64_t links_tick(uint64_t present)
 {
         uint64_t due = 0;
@@ -566,13 +589,12 @@ uint64_t links_tick(uint64_t present)
                 struct link *link = OF(node, struct link, all);
                 uint64_t last;
 
-                if (link->state == LINK_UP)
-                        due_first(&due, check_lane(link, present));
-                if (link->state != LINK_UP || !list_holds(&link->dropping))
+                if (link->state != LINK_UP)
                         continue;
-                last = reply_due(link);
+                due_first(&due, check_lane(link, present));
+                last = answer_due(link);
                 /* Not ETIMEDOUT: the path may work. */
-                if (present >= last)
+                if (last && present >= last)
                         link_down(link, ECONNABORTED, "the peer's relay does not answer");
                 else
                         due_first(&due, last);
@@ -630,6 +652,7 @@ void link_receive(struct link *link, unsigned index, const void *data, size_t si
                 link_down(link, EPROTO, "the peer sent a message that is invalid");
                 return;
         }
+        link->asked_at = 0;
         if (list_holds(&link->dropping))
                 link->heard_at = now();
         move_on(lane);

@@ -28,7 +28,7 @@ bool link_add_socket(struct link *link, uint32_t index, int socket);
 int link_connect(struct link *link, const struct wire_address *address, char *text);
 /* R_STREAM: from now on the link goes over this transport, which needs no channel. */
 void link_use_stream(struct link *link, const struct transport *stream);
-/* R_EXPIRE: does nothing unless the link is down. */
+/* R_EXPIRE: asks the peer for an answer if the link is up. */
 void link_expire(struct link *link, enum relay_user user, uint32_t most);
 /* R_UNLINK; breaks connections that are left. */
 void link_remove(struct link *link);

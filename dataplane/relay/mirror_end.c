@@ -51,7 +51,8 @@ void mirror_leave(struct mirror *m)
         mirror_activate(m);
 }
 
-/* Does it wait for the peer? Not if the peer has all that was sent, also that it ends. */
+/* Does it wait for the peer? Not if the peer's process has taken all that was sent, and the peer
+ * knows if it ends. A process may wait for room in its ring although all bytes have arrived. */
 static bool waits_for_peer(const struct mirror *m)
 {
         bool ends = m->closed || m->stopped, ended = m->peer_flags & (WIRE_HAS_LEFT | WIRE_HAS_OVER);
@@ -61,8 +62,7 @@ static bool waits_for_peer(const struct mirror *m)
         /* A peer that has all of it still owes the answer. */
         if (m->queue_pair)
                 return atomic_load_explicit(&m->out->busy, memory_order_relaxed) || (ends && !ended);
-        return (m->acked != m->tail && !(m->peer_flags & WIRE_CLOSED)) || (ends && !ended) || m->leaves ||
-               m->stop_requested;
+        return m->head != m->tail || (ends && !ended) || m->leaves || m->stop_requested;
 }
 
 void mirror_expire(struct mirror *m, enum relay_user user, uint32_t most)

@@ -58,6 +58,7 @@ struct link {
         void *channel;                     /* the transport's */
         struct lane lanes[LANES];
         uint64_t heard_at;     /* ns; while connections are dropped: when the peer sent a message */
+        uint64_t asked_at;     /* ns: when the peer was asked, if it has sent nothing since; or 0 */
         unsigned message_lane; /* the lane of all connections that are not in bulk */
         /* of that lane */
         uint64_t check_at;     /* ns; 0: nothing is on the way */

@@ -19,9 +19,10 @@
  *      R_STREAM link                      ->  RDMA is gone for good on this link: use frames
  *      R_FRAME link, bytes                <-> for or from the peer's relay, over the session
  *      R_UNLINK link                      ->  no answer; connections that are left are reset
- *      R_EXPIRE link, count, user         ->  no answer; link is down: connections, or queue pairs,
+ *      R_EXPIRE link, count, user         ->  no answer. Link is down: connections, or queue pairs,
  *                                             that have waited for the peer at the last `count` of
- *                                             these are reset
+ *                                             these are reset. It is up: the peer's relay has to
+ *                                             say something soon, or the link is down
  *      R_ARENA arena + memfd, bell        ->  no answer; `bell`: receiving end of bell 0 of side 1
  *      R_BELL arena, index + bell         ->  no answer; sending end of a bell of side 0, which
  *                                             replaces an older one

@@ -2,6 +2,9 @@
 
 Those that wait for the peer are reset after a time. Idle ones stay, as an idle TCP connection would
 and as an idle queue pair of a device would. Only the relay knows which of them wait.
+
+A link over RDMA on which nothing is on the way stays up when the peer's host is gone. So while
+there is no session, the relay checks it as well: it has the peer's relay say something.
 """
 
 from __future__ import annotations
@@ -35,7 +38,22 @@ class LinkDeadlines:
         self._tell_relay = tell_relay
         self._reset = reset
 
+    def check(self, link: Link) -> None:
+        """The session is lost. If the link is up: is the peer's host still there? A link over TCP
+        finds out by itself.
+        """
+        is_up = link.state is LinkState.UP and not link.deadlines
+        if is_up and link.transport is Transport.RDMA:
+            self._tell_relay(RelayExpire(link.number, CHECKS + 1, CONNECTION))
+            self.start(link)
+
+    def check_no_more(self, link: Link) -> None:
+        """There is a session. A link that is not up has its deadlines all the same."""
+        if link.state is LinkState.UP:
+            self.stop(link)
+
     def start(self, link: Link) -> None:
+        """There is no link, or nobody knows whether there is."""
         seconds = GIVE_UP[link.transport]
         if link.state is LinkState.STREAM:
             timer = self._loop.after(seconds, lambda: self._passed(link))

@@ -87,6 +87,7 @@ class Links(LinkTable):
         link = self.link(peer)
         if not self._owner.has_session(peer):
             return
+        self._deadlines.check_no_more(link)
         if link.state is LinkState.DOWN:
             link.tries = 0
             self._recover(link)
@@ -100,8 +101,7 @@ class Links(LinkTable):
 
     def tick(self) -> None:
         """Make the links that have become possible, and others in place of those that are
-        superfluous. To be called about once a second.
-        """
+        superfluous. To be called about once a second."""
         for link in list(self._links.values()):
             if self.is_superfluous(link):
                 self._unlink(link)
@@ -109,7 +109,7 @@ class Links(LinkTable):
                 self._make(link)
 
     def session_down(self, peer: IPAddress) -> None:
-        """A link that is being made fails. A link that is up stays up."""
+        """A link that is being made fails. A link that is up stays up if the peer is there."""
         link = self.link(peer)
         self.cancel(link)
         if link.state is LinkState.STREAM:
@@ -117,6 +117,7 @@ class Links(LinkTable):
             self._lose(link, "the session was lost, and there was no link")
         elif link.state is LinkState.MAKING:
             self._break(link, "the session was lost")
+        self._deadlines.check(link)
 
     def relay_died(self) -> None:
         """All links are gone, with their connections."""
@@ -265,8 +266,7 @@ class Links(LinkTable):
 
     def answered(self, peer: IPAddress, message: LinkAnswer) -> None:
         """Leader: the follower's relay has made its end; over RDMA it knows ours. The second answer
-        over TCP: its end is up.
-        """
+        over TCP: its end is up."""
         link = self.link(peer)
         if not self._owner.leads(peer) or not _is_current(link, message):
             return

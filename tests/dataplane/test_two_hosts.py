@@ -429,9 +429,9 @@ def test_connections_return_after_a_restart(hosts: Hosts, dies: int, refused: bo
     nothing_left(hosts)
 
 
-def test_router_killed_under_a_full_ring(hosts: Hosts) -> None:
-    """A sender that waits for room in its ring goes on over TCP when its peer's router is
-    killed.
+def full_ring(hosts: Hosts) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """A sender that waits for room in its ring, and its peer, which reads nothing until it gets a
+    line of input.
     """
     a, b = hosts[0].containers["a"], hosts[1].containers["b"]
     command = [sys.executable, str(STALLED)]
@@ -439,6 +439,7 @@ def test_router_killed_under_a_full_ring(hosts: Hosts) -> None:
     options: dict[str, Any] = {
         "stdin": subprocess.PIPE,
         "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
         "text": True,
     }
     server = b.popen([*command, "server", *where], **options)
@@ -450,6 +451,14 @@ def test_router_killed_under_a_full_ring(hosts: Hosts) -> None:
     tell(server)
     # Until the ring is full and the sender sleeps.
     time.sleep(2)
+    return client, server
+
+
+def test_router_killed_under_a_full_ring(hosts: Hosts) -> None:
+    """A sender that waits for room in its ring goes on over TCP when its peer's router is
+    killed.
+    """
+    client, server = full_ring(hosts)
     hosts[1].kill_router()
     until(lambda: went_back(hosts[0]), 3)
     # From now on no relay reports what the peer reads.
@@ -458,6 +467,26 @@ def test_router_killed_under_a_full_ring(hosts: Hosts) -> None:
     tell(server)
     counts = [program.communicate(timeout=patience(20))[0] for program in (client, server)]
     assert counts[0] == counts[1]
+
+
+def test_host_stands_still() -> None:
+    """If nothing comes from the other host any more while nothing is on the way to it, a sender
+    that waits for room in its ring is reset after a while. So is its peer when it goes on.
+    """
+    with two_hosts(library=LIBRARY, relay=RELAY) as hosts:
+        client, server = full_ring(hosts)
+        assert hosts[1].process is not None
+        processes = hosts[1].process.pid, hosts[1].relay_pid()
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        _, said = client.communicate(timeout=patience(75))
+        assert "Connection reset by peer" in said
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+        _, said = server.communicate("now\n", timeout=patience(30))
+        assert "Connection reset by peer" in said
+        assert hosts[0].counts().broken == 1
+        moves_again(hosts)
 
 
 @pytest.mark.parametrize("dies", [0, 1])

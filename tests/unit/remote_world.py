@@ -125,6 +125,8 @@ class FakeRelay:
         self.arenas: set[int] = set()
         self.stuck: set[int] = set()
         """Slots with bytes on the way."""
+        self.checks = 0
+        """Of links, that the router has asked for."""
         self.farewells: list[Lent] = []
         """Slots that were dropped while the link did not work: the peer's relay hears of it
         later."""
@@ -191,6 +193,12 @@ class FakeRelay:
         self.answer(relay_wire.Offered(RelayKind.PLACED, message.connection, 0, "", b"place"))
 
     def expire(self, message: relay_wire.RelayExpire) -> None:
+        self.checks += 1
+        wire = self.links[message.link]
+        if not wire.dead and not wire.stream:
+            if wire.other is not None and not self.world.hosts[wire.other[0]].alive:
+                self.world.down_of(self.host, wire.other[0])
+            return
         for lent in list(self.lent.values()):
             is_meant = lent.queue_pair == (message.user == relay_wire.QUEUE_PAIR)
             if lent.link == message.link and lent.paired and is_meant:
@@ -764,6 +772,15 @@ class World:
         self.loop.after(0.5, lambda: self.relay_is_back(host))
         for other in self.hosts:
             self.down_of(other, host.number)
+
+    def switch_off(self, host: Host) -> None:
+        """A host is gone. The others notice that their sessions are silent, and nothing more while
+        nothing is on the way to it.
+        """
+        host.alive = host.relay.alive = False
+        for other in self.hosts:
+            if other is not host:
+                self.lose(host, other)
 
     def relay_is_back(self, host: Host) -> None:
         host.open()

@@ -604,6 +604,48 @@ def test_link_and_session_gone(world: World) -> None:
     end(world, tcp)
 
 
+@pytest.mark.parametrize("gone", [0, 1])
+def test_host_gone(gone: int) -> None:
+    """If a host is gone while nothing is on the way to it, its link is found to be lost. An end
+    that waits for it is reset in time, and an idle one stays.
+    """
+    world = started()
+    here = world.hosts[1 - gone]
+    waits, idle = upgraded(world), upgraded(world)
+    remote = world.remote(waits, 1 - gone)
+    assert remote is not None
+    here.relay.stuck.add(remote.number)
+    world.switch_off(world.hosts[gone])
+    world.loop.run(GIVE_UP[Transport.RDMA] - 1)
+    assert not here.severed
+    world.loop.run(2 + GIVE_UP[Transport.RDMA] / CHECKS)
+    assert here.severed == {(remote.arena.id, remote.slot)}
+    world.loop.run(3600)
+    assert len(here.severed) == 1
+    assert world.remote(idle, 1 - gone)
+
+
+def test_no_session_for_long() -> None:
+    """Without a session, a link that works is checked, and nobody on it is reset."""
+    world = started()
+    tcp = upgraded(world)
+    for side in (0, 1):
+        remote = world.remote(tcp, side)
+        assert remote is not None
+        world.hosts[side].relay.stuck.add(remote.number)
+    world.lose(*world.hosts)
+    world.loop.run(3 * GIVE_UP[Transport.RDMA])
+    world.session(*world.hosts)
+    world.loop.run(1)
+    checked = [host.relay.checks for host in world.hosts]
+    assert min(checked) > CHECKS
+    world.loop.run(3 * GIVE_UP[Transport.RDMA])
+    assert [host.relay.checks for host in world.hosts] == checked
+    assert not any(host.severed for host in world.hosts)
+    assert world.remote(tcp, 0)
+    assert world.remote(tcp, 1)
+
+
 @pytest.mark.parametrize("dies", [0, 1])
 def test_relay_dies(world: World, dies: int) -> None:
     """The end of a relay resets its connections at both ends. New ones use the next relay."""
