@@ -24,6 +24,7 @@ _MANY: Final = 24
 """Connections with which the relay's rule is met."""
 _COUNT: Final = 8 << 20
 _SESSION: Final = 20.0
+_LOOKING: Final = 0.5
 _RULE: Final = frozenset({"few", "slow", "bulk", "short", "peer-short"})
 """Reasons that mean that the path would be no faster here."""
 _OFF: Final = frozenset({"off", "remote-off"})
@@ -45,7 +46,7 @@ class PathWatch:
         """Look until the probe is done."""
         while not answer.done:
             self._look()
-            time.sleep(0.5)
+            time.sleep(_LOOKING)
 
     def _look(self) -> None:
         try:
@@ -73,9 +74,10 @@ def check_shm(scene: Scene) -> None:
     watch: PathWatch | None = None
     begin = time.monotonic()
     pending: list[tuple[ProbedHost, PendingAnswer]] = []
+    off = _off(scene, "acceleration")
     for host in scene.hosts:
-        if not scene.facts[host.one].get("library"):
-            scene.ledger.add(Check.SHM, host.name, not_here(_NO_LIBRARY))
+        if off or not scene.facts[host.one].get("library"):
+            scene.ledger.add(Check.SHM, host.name, off or not_here(_NO_LIBRARY))
             continue
         pending.append((host, _move(scene, host, host, 1)))
         if host.own:
@@ -86,6 +88,14 @@ def check_shm(scene: Scene) -> None:
         seen = watch if host.own else None
         verdict = scene.judged(answer, lambda found, w=seen: _shm_verdict(found, w))  # type: ignore[misc]
         scene.ledger.add(Check.SHM, host.name, verdict, time.monotonic() - begin)
+
+
+def _off(scene: Scene, *options: str) -> Verdict | None:
+    """The verdict if one of these options of the network is off."""
+    for option in options:
+        if scene.network.options.get(option) == "off":
+            return not_here(f"{option} is off for the network")
+    return None
 
 
 def _move(scene: Scene, source: ProbedHost, target: ProbedHost, connections: int) -> PendingAnswer:
@@ -158,6 +168,8 @@ def _available(scene: Scene, host: ProbedHost) -> dict[Check, Verdict | None]:
     while True:
         status = scene.client.status()
         found = _paths_of(status, host)
+        for check in found:
+            found[check] = _off(scene, "acceleration", check.value) or found[check]
         # Hosts that shared no network before have a session some seconds later.
         waits = any(verdict and verdict[0] == "failed" for verdict in found.values())
         if not waits or time.monotonic() > end:
