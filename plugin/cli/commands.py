@@ -18,6 +18,7 @@ from plugin.cli.commands_runtime import runtime
 from plugin.cli.commands_test import network_test
 from plugin.cli.commands_top import top
 from plugin.cli.commands_ui import ui
+from plugin.cli.commands_upgrade import upgrade
 from plugin.cli.show import findings, show_connections, show_peers, show_status, show_verbs
 from plugin.cli.terminal import json_text, lines, say, say_json, shown, shown_all
 from plugin.cli.user_files import users_root
@@ -84,6 +85,7 @@ cli.add_command(runtime)
 cli.add_command(top)
 cli.add_command(ui)
 cli.add_command(network_test)
+cli.add_command(upgrade)
 
 
 @cli.command()

@@ -1,4 +1,6 @@
-"""`docker plugin upgrade` of the last version to this one, host by host, under load."""
+"""`docker plugin upgrade` of the last version to this one, host by host, under load; and
+`freeflow upgrade` from this one to the next.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from plugin.version import VERSION
 from testbed import Bed, Host, versions, wait_until
+from testbed.bed import in_parallel
 from testbed.host import PLUGIN
 from testbed.images import NotPreparedError
-from testbed.process import run
+from testbed.process import CommandError, run
 from tests.swarm.busy import COUNT, EASY, command, goes_on, load, paths, task
 from tests.swarm.conftest import (
     LIBRARY,
@@ -45,10 +49,10 @@ def older(plugin: Path) -> Iterator[Bed]:
         yield bed
 
 
-def push(bed: Bed, plugin: Path) -> str:
-    """Push this version's plugin to the bed's registry; its reference."""
+def push(bed: Bed, plugin: Path, tag: str = "next") -> str:
+    """Push a plugin to the bed's registry; its reference."""
     host = bed.hosts[0]
-    reference = f"{bed.registry}/freeflow:next"
+    reference = f"{bed.registry}/freeflow:{tag}"
     run(["cp", "-a", str(plugin), f"{host.root}/tmp/plugin"])
     host.docker("plugin", "create", reference, "/tmp/plugin", timeout=180)
     host.docker("plugin", "push", reference, timeout=180)
@@ -117,3 +121,59 @@ def test_upgrade_under_load(older: Bed, plugin: Path) -> None:
     assert load(near, box).lost == lost
     # Nothing was restarted.
     assert (task(near, box.partition(".")[0]), task(far, redis)) == (box, server)
+
+
+NEXT = "99.0.0"
+
+
+def make_next(plugin: Path, target: Path) -> None:
+    """Make a plugin that differs from this version by its number."""
+    run(["cp", "-a", str(plugin), str(target)])
+    root = target / "rootfs"
+    file = "usr/lib/python3/dist-packages/plugin/version.py"
+    text = (root / file).read_text()
+    assert VERSION in text
+    (root / file).write_text(text.replace(VERSION, NEXT))
+    options = ("-q", "-f", "--invalidation-mode", "unchecked-hash")
+    run(["chroot", str(root), "python3", "-m", "compileall", *options, f"/{file}"])
+
+
+def version(host: Host) -> str:
+    """What the plugin that runs on a host says."""
+    return str(host.status()["version"])
+
+
+@pytest.mark.timeout(900)
+def test_upgrade_by_one_command(older: Bed, plugin: Path) -> None:
+    """`freeflow upgrade` on a manager brings the next version to all hosts, and tests the network
+    after each. No request between the hosts fails meanwhile. If the version isn't there, no host
+    is touched.
+    """
+    near, far = older.hosts
+    if VERSION not in near.freeflow("--version") or "upgrade" not in near.freeflow("--help"):
+        # The test before was left out.
+        this = push(older, plugin)
+        in_parallel([lambda h=host: upgrade(h, this) for host in older.hosts])  # type: ignore[misc]
+        older.wait_plugin_reported()
+    later = older.work / "later"
+    make_next(plugin, later)
+    reference = push(older, later, "later")
+    run(["rm", "-rf", str(later)])
+    in_parallel([lambda h=host: h.freeflow("test", "--prepare") for host in older.hosts])  # type: ignore[misc]
+    network = make_network(near)
+    there = ("--constraint", f"node.hostname=={far.name}")
+    redis = make_service(near, network, REDIS, *there, *LIBRARY, replicas=1)
+    box = run_container(near, network, *LIBRARY, command=command(redis, COUNT))
+    server = task(far, redis)
+    goes_on(near, box, "under this version")
+    lost = load(near, box).lost
+    with pytest.raises(CommandError):
+        near.freeflow("upgrade", f"{older.registry}/freeflow:absent")
+    assert {version(host) for host in older.hosts} == {VERSION}
+    text = near.freeflow("upgrade", reference, timeout=400)
+    assert "works on 2 hosts" in text
+    assert {version(host) for host in older.hosts} == {NEXT}
+    goes_on(near, box, "under the next version")
+    assert load(near, box).lost == lost
+    assert task(far, redis) == server
+    assert near.docker("service", "ls", "-q", "--filter", "label=freeflow.upgrade") == ""

@@ -56,6 +56,7 @@ COMMANDS = (
     "top",
     "ui",
     "test",
+    "upgrade",
     "ping",
     "doctor",
     "bugreport",

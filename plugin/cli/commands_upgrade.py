@@ -1,0 +1,62 @@
+"""`freeflow upgrade`: its options. `plugin/swarm_upgrade/` does it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+import click
+
+from plugin.cli.client import Client
+from plugin.cli.command_parts import explained
+from plugin.cli.terminal import say
+from plugin.swarm_upgrade.upgrade_task import UpgradeFailed
+
+COMMAND: Final = Path("/usr/local/bin/freeflow")
+
+
+@click.command()
+@click.argument("reference", metavar="REGISTRY/NAME:TAG")
+@click.option("--image", metavar="IMAGE", default="", help="An image with python3, 3.9 or later.")
+@click.option(
+    "--registry",
+    metavar="HOST[:PORT]",
+    default="",
+    help="Push the probes' image to this registry, for the other hosts.",
+)
+@click.option(
+    "--wait",
+    "seconds",
+    default=90.0,
+    show_default=True,
+    type=click.FloatRange(1, 3600),
+    help="Seconds until the probes of each test must run on all hosts.",
+)
+@click.pass_obj
+@explained(problems=(UpgradeFailed,))
+def upgrade(client: Client, reference: str, image: str, registry: str, seconds: float) -> None:
+    """Upgrade the plugin on all hosts of this Swarm, from a manager.
+
+    One host after another, this one last. After each `freeflow test --quick` must pass; at the
+    first failure the command stops and says why. Nothing is drained: containers keep their
+    connections. Exit code: 0 all hosts have the new version and the network works, 1 it stopped at
+    a host, 2 it could not begin.
+
+    The hosts need the image of `freeflow test`, and a registry that asks for no password.
+
+    \b
+    freeflow test --prepare                # on each host
+    freeflow upgrade registry:5000/freeflow:2.0
+    """
+    from plugin.network_test.plan import TestPlan
+    from plugin.swarm_upgrade.rollout import Rollout, wait_for_command
+
+    if image and registry:
+        raise click.UsageError("Give --image or --registry.")
+    plan = TestPlan(image=image, registry=registry, seconds=seconds)
+    words = Rollout(client, reference, plan, lambda line: say(line, err=True)).run()
+    wait_for_command(COMMAND)
+    say("this host has the new version; its own command tests it now", err=True)
+    # In the mount namespace that the script of this command had before.
+    os.execvp("nsenter", ["nsenter", "--mount=/proc/1/ns/mnt", str(COMMAND), *words])  # noqa: S606 — it takes the place of this command

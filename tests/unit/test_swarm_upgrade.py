@@ -1,0 +1,210 @@
+"""`freeflow upgrade`: the order, where it stops, and what the task on a host does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from driver.errors import EngineError, FreeFlowError
+from plugin.network_test import coordinator
+from plugin.network_test.plan import TestPlan
+from plugin.swarm_upgrade import plugin_agent, rollout, upgrade_task
+from plugin.swarm_upgrade.rollout import Rollout
+from plugin.swarm_upgrade.upgrade_task import UpgradeFailed
+from testbed.patience import patience
+from tests.unit.fake_swarm import FakeSwarm
+from tests.unit.sockets import served
+from tests.unit.swarm_probes import FakePlugin, probe_answers
+
+REMOTE = "registry:5000/freeflow:2"
+PLAN = TestPlan(image="image:1", seconds=5)
+
+
+@pytest.fixture
+def swarm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeSwarm:
+    """A healthy Swarm of three hosts, h1 being this one; waits are short."""
+    for module in (coordinator, rollout):
+        monkeypatch.setattr(module, "host_run", lambda: tmp_path)
+    monkeypatch.setattr(upgrade_task, "_PAUSE", 0.01)
+    made = FakeSwarm()
+    made.answers = probe_answers()
+    return made
+
+
+def run(swarm: FakeSwarm) -> tuple[list[str], list[str]]:
+    """The command of the last test, and the lines of progress."""
+    said: list[str] = []
+    plugin: Any = FakePlugin(swarm)
+    return Rollout(plugin, REMOTE, PLAN, said.append).run(), said
+
+
+def test_this_host_is_last(swarm: FakeSwarm) -> None:
+    """All hosts are upgraded, this one last, with a test before and after each; nothing stays."""
+    words, said = run(swarm)
+    assert swarm.upgraded == ["node-h2", "node-h3", "node-h1"]
+    assert words == ["test", "--quick", "--image", "image:1", "--wait", "5"]
+    steps = [line.partition(",")[0] for line in said if not line.startswith(" ")]
+    assert steps[1:] == [
+        "testing",
+        "upgrading h2",
+        "testing",
+        "upgrading h3",
+        "testing",
+        "upgrading h1",
+    ]
+    assert swarm.services == swarm.networks == {}
+
+
+def test_it_does_not_begin_on_a_broken_network(swarm: FakeSwarm) -> None:
+    """If the test before fails, no host is upgraded."""
+    swarm.answers["datagrams"] = lambda *_: {"lost": [9000]}
+    with pytest.raises(UpgradeFailed, match=r"test before the upgrade failed.*9000"):
+        run(swarm)
+    assert swarm.upgraded == []
+
+
+def test_it_stops_when_a_test_fails(swarm: FakeSwarm) -> None:
+    """If the test after a host fails, the next host is not upgraded; the error says what failed,
+    and how to go back.
+    """
+    swarm.answers["datagrams"] = lambda *_: {"lost": [9000] if swarm.upgraded else []}
+    with pytest.raises(UpgradeFailed, match="after the upgrade of h2 failed") as caught:
+        run(swarm)
+    assert swarm.upgraded == ["node-h2"]
+    assert "docker plugin upgrade" in caught.value.remedy
+
+
+def test_it_stops_when_an_upgrade_fails(swarm: FakeSwarm) -> None:
+    """If a host's upgrade fails, the error has what its task said; the service is removed."""
+    swarm.failing["node-h3"] = "pull access denied"
+    with pytest.raises(UpgradeFailed, match="h3: the upgrade failed: pull access denied"):
+        run(swarm)
+    assert swarm.upgraded == ["node-h2", "node-h3"]
+    assert swarm.services == {}
+
+
+def test_an_upgrade_that_goes_on_is_left_alone(swarm: FakeSwarm) -> None:
+    """While the task of another upgrade works, none begins."""
+    change = {"Name": "x", "Labels": {upgrade_task.LABEL: "node-h2"}}
+    swarm.change("POST", "/services/create", change)
+    swarm.upgraded.clear()
+    run(swarm)
+    swarm.change("POST", "/services/create", change)
+    swarm.upgraded.clear()
+    find = swarm.find
+
+    def working(url: str) -> Any:
+        return [{"Status": {"State": "running"}}] if url.startswith("/tasks") else find(url)
+
+    swarm.find = working  # type: ignore[method-assign]
+    with pytest.raises(UpgradeFailed, match="has not ended"):
+        run(swarm)
+    assert swarm.upgraded == []
+
+
+def test_an_unknown_version(swarm: FakeSwarm) -> None:
+    """If this host's engine does not find the new version, nothing begins."""
+    swarm.refuse = lambda _method, url: "manifest unknown" if "privileges" in url else ""
+    with pytest.raises(EngineError, match="manifest unknown"):
+        run(swarm)
+    assert swarm.upgraded == []
+
+
+def test_a_host_that_is_away(swarm: FakeSwarm) -> None:
+    """All hosts must be there before it begins."""
+    find = swarm.find
+
+    def down(url: str) -> Any:
+        found: Any = find(url)
+        if url == "/nodes":
+            found[1]["Status"]["State"] = "down"
+        return found
+
+    swarm.find = down  # type: ignore[method-assign]
+    with pytest.raises(FreeFlowError, match="host h2: it is down"):
+        run(swarm)
+    assert swarm.upgraded == []
+
+
+# --- the task on a host
+
+
+class PluginEngine:
+    """An engine with one plugin, as WSGI."""
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.reference = "freeflow:1"
+        self.said: list[str] = []
+        self.failure = ""
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        call = path.rpartition("/")[2]
+        status, answer = "200 OK", b""
+        if call == "json":
+            text = (
+                f'{{"Enabled": {str(self.enabled).lower()}, "PluginReference": "{self.reference}"}}'
+            )
+            answer = text.encode()
+        else:
+            self.said.append(call)
+        if call in ("disable", "enable"):
+            self.enabled = call == "enable"
+        if call == "upgrade":
+            assert "remote=registry%3A5000%2Ffreeflow%3A2" in environ["QUERY_STRING"]
+            if self.enabled:
+                status, answer = "409 Conflict", b'{"message": "the plugin is enabled"}'
+            elif self.failure:
+                answer = f'{{"status": "x"}}\n{{"errorDetail": {{}}, "error": "{self.failure}"}}'.encode()
+            else:
+                self.reference = REMOTE
+                answer = b'{"status": "done"}\n'
+        start_response(status, [("Content-Type", "application/json")])
+        return [answer]
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[tuple[PluginEngine, str]]:
+    made = PluginEngine()
+    with served(made, tmp_path / "engine") as path:
+        yield made, str(path)
+
+
+def test_the_task(engine: tuple[PluginEngine, str]) -> None:
+    """It disables, upgrades and enables the plugin, and says which version is there then."""
+    made, path = engine
+    assert plugin_agent.upgrade(path, "freeflow:latest", REMOTE, []) == REMOTE
+    assert made.said == ["disable", "upgrade", "enable"]
+
+
+def test_the_task_enables_the_plugin_whatever_happens(engine: tuple[PluginEngine, str]) -> None:
+    """If the upgrade fails, the old version is enabled again, and the reason is the engine's."""
+    made, path = engine
+    made.failure = "no space left"
+    with pytest.raises(plugin_agent.AgentError, match="no space left"):
+        plugin_agent.upgrade(path, "freeflow:latest", REMOTE, [])
+    assert made.enabled
+    assert made.reference == "freeflow:1"
+
+
+def test_the_task_starts_from_its_text() -> None:
+    """Without an engine it says so and fails; it needs no file of FreeFlow."""
+    text = Path(plugin_agent.__file__).read_text()
+    wanted = '{"plugin": "a", "remote": "b", "privileges": []}'
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", text.replace(plugin_agent.SOCKET, "/absent.sock")],
+        env={"PATH": os.environ["PATH"], plugin_agent.VARIABLE: wanted},
+        capture_output=True,
+        text=True,
+        timeout=patience(20),
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: ")
