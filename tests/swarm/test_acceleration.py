@@ -5,12 +5,17 @@ nothing else changes.
 from __future__ import annotations
 
 import json
+import subprocess
 import time
+import urllib.request
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from driver.kernel.namespace import in_netns
 from testbed import Bed, Host, wait_until
 from testbed.host import PLUGIN
+from testbed.patience import patience
 from tests.swarm.conftest import (
     LIBRARY,
     NGINX,
@@ -112,6 +117,38 @@ def test_a_service_behind_its_vip(bed: Bed, manager: Host) -> None:
         host.docker("exec", "-d", client, "sh", "-c", script)
         wait_until("shared memory", lambda h=host, c=client: on_shm(h, c) == 1, 25, 0.1)  # type: ignore[misc]
         assert "found" not in host.freeflow("doctor", client)
+        if host is manager:
+            _check_page(host, client, service)
+
+
+def _check_page(host: Host, client: str, service: str) -> None:
+    """The page that `freeflow ui` serves has the client's connection as a line to the task."""
+    page = host.spawn(
+        *("/usr/local/bin/freeflow", "ui", "--json", "--listen", "127.0.0.1:9478"),
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert page.stdout is not None
+        link = json.loads("".join(iter(page.stdout.readline, "}\n")) + "}")["url"]
+        url, _, token = link.partition("#token=")
+
+        def get() -> Any:
+            headers = {"Authorization": f"Bearer {token}"}
+            request = urllib.request.Request(f"{url}snapshot", headers=headers)
+            with urllib.request.urlopen(request, timeout=patience(30)) as answer:
+                return json.load(answer)
+
+        found = in_netns(Path(f"/proc/{host.pid}/ns/net"), get)
+    finally:
+        page.terminate()
+        page.communicate()
+    (shown,) = [each for each in found["map"]["services"] if each["name"] == service]
+    (task,) = shown["tasks"]
+    names = {each["key"]: each["name"] for each in found["map"]["containers"]}
+    assert names[task].startswith(f"{service}.1")
+    ends = {f"container/{client}", task}
+    (edge,) = [each for each in found["traffic"]["edges"] if {each["a"], each["b"]} == ends]
+    assert (edge["path"], edge["connections"]) == ("shm", 1)
 
 
 def test_a_rolling_update_under_load(manager: Host) -> None:
