@@ -224,6 +224,9 @@ static bool is_executed(struct queue_pair *queue, const struct send_work *work)
         outcome = record_taken(&queue->sender, work->behind);
         if (outcome == RECORD_CORRUPT)
                 queue_fail(queue, QUEUE_FATAL);
+        /* Keep up: numbers are compared by their distance. */
+        if (outcome == RECORD_OK)
+                queue->executed = work->psn + 1;
         return outcome == RECORD_OK || (outcome == RECORD_WAIT && queue_paired(queue) == QUEUE_LOST &&
                                         record_was_visible(&queue->sender, work->behind));
 }

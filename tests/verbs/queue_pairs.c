@@ -731,6 +731,46 @@ static void check_executes_before_loss(void)
         }
 }
 
+/* Numbers of requests and of receives begin anew after 2^32: as if a quarter of that many had been
+ * executed in between, eight times. */
+static void check_numbers(void)
+{
+        enum { TURNS = 8 };
+        const uint32_t many = UINT32_C(1) << 30;
+
+        start();
+        for (int turn = 0; turn < TURNS; turn++) {
+                struct queue_pair *one = queue_of(ends[0].qp), *other = queue_of(ends[1].qp);
+                struct ibv_sge from = piece(0, 0, 8), to = piece(1, 8, 8);
+                struct ibv_sge answer = piece(0, 200, 8);
+
+                CHECK(receive(1, 20, &to, 1) == 0);
+                poll_all();
+                CHECK(post(0, one_sided(IBV_WR_SEND, &from, 0)) == 0);
+                CHECK(post(0, one_sided(IBV_WR_RDMA_WRITE, &from, 100)) == 0);
+                /* Neither is executed. */
+                CHECK(direct_reacher ||
+                      !atomic_load(&cq_of(ends[0].sent)->driver)->poll(cq_of(ends[0].sent)));
+                CHECK(received(1).status == IBV_WC_SUCCESS);
+                CHECK(sent(0).status == IBV_WC_SUCCESS && sent(0).status == IBV_WC_SUCCESS);
+                if (turn == TURNS - 1)
+                        CHECK(post(0, one_sided(IBV_WR_RDMA_READ, &answer, 100)) == 0 &&
+                              sent(0).status == IBV_WC_SUCCESS);
+                one->sender.psn += many;
+                other->receiver.psn += many;
+                /* In a remote arena it tells. */
+                other->done += remote ? many : 0;
+                other->done_told += remote ? many : 0;
+                one->executed += remote ? many : 0;
+                one->spent += many;
+                one->credit += many;
+                other->credit_told += many;
+                other->lost += many;
+                other->consumed += many;
+        }
+        end_all();
+}
+
 /* Reset, and connected again: nothing of before is left. */
 static void check_again(void)
 {
@@ -1166,6 +1206,7 @@ int main(void)
             check_addresses,
             check_executes_before_loss,
             check_loop,
+            check_numbers,
         };
 
         queue_pairer = &pairer;
