@@ -143,7 +143,7 @@ def check_between(scene: Scene) -> None:
 def _check_pair(scene: Scene, own: ProbedHost, host: ProbedHost) -> None:
     begin = time.monotonic()
     subject = f"{own.name} -> {host.name}"
-    found = _available(scene, host)
+    found = available_paths(scene, host)
     wanted = Check.RELAY
     for check in (Check.RDMA, Check.RELAY):
         verdict = found[check]
@@ -160,7 +160,7 @@ def _check_pair(scene: Scene, own: ProbedHost, host: ProbedHost) -> None:
     scene.ledger.add(wanted, subject, verdict, time.monotonic() - begin)
 
 
-def _available(scene: Scene, host: ProbedHost) -> dict[Check, Verdict | None]:
+def available_paths(scene: Scene, host: ProbedHost) -> dict[Check, Verdict | None]:
     """The paths to a host that there are not, with their verdicts; None: there is this one, and
     it is the one that connections use.
     """

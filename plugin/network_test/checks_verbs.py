@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
+from plugin.network_test.checks_paths import available_paths
 from plugin.network_test.gateway import ProbeError, Unreachable
 from plugin.network_test.plan import Check
 from plugin.network_test.scene import Pair, Scene, Verdict, failed, not_here, pair_name, passed
@@ -28,9 +29,16 @@ def check_verbs(scene: Scene) -> None:
         return
     for pair in pairs:
         begin = time.monotonic()
-        scene.ledger.add(
-            Check.VERBS, pair_name(pair), _check(scene, pair), time.monotonic() - begin
-        )
+        verdict = _no_path(scene, pair) or _check(scene, pair)
+        scene.ledger.add(Check.VERBS, pair_name(pair), verdict, time.monotonic() - begin)
+
+
+def _no_path(scene: Scene, pair: Pair) -> Verdict | None:
+    """Why queue pairs of two hosts can't be connected; None: they have RDMA or the relays."""
+    if pair[0] is pair[1]:
+        return None
+    found = available_paths(scene, pair[1])
+    return None if None in found.values() else found[Check.RELAY]
 
 
 def _why_not(scene: Scene) -> str:

@@ -10,6 +10,7 @@ import pytest
 from dataplane.control import ConnectionFact, Connections, PeerFact, RdmaFacts, RelayFacts
 from plugin.network_test import checks_paths
 from plugin.network_test.checks_paths import check_between
+from plugin.network_test.checks_verbs import check_verbs
 from plugin.network_test.outcomes import CheckOutcome
 from plugin.network_test.placement import ProbedHost, TestedNetwork
 from plugin.network_test.plan import TestPlan
@@ -73,6 +74,16 @@ class Answering:
         return {"connections": 24, "moved": self._moved, "right": True}
 
 
+def scene_of(fake: Answering, options: dict[str, str] | None = None) -> Scene:
+    """Two hosts whose probes have the library and verbs."""
+    anything: Any = fake
+    network = TestedNetwork("i", "n", "freeflow:latest", True, options or {}, {})
+    said = {"library": True, "verbs": True}
+    facts = {address: said for each in (OWN, FAR) for address in each.probes.values()}
+    ledger = Ledger(lambda _: None)
+    return Scene(TestPlan(), anything, anything, network, anything, ledger, [OWN, FAR], facts)
+
+
 def check(
     found: Status,
     *,
@@ -83,12 +94,7 @@ def check(
 ) -> tuple[dict[str, tuple[str, str]], Answering]:
     """Each path's outcome and detail, and what was asked."""
     fake = Answering(found, path, reason, moved)
-    anything: Any = fake
-    network = TestedNetwork("i", "n", "freeflow:latest", True, options or {}, {})
-    facts = {address: {"library": True} for each in (OWN, FAR) for address in each.probes.values()}
-    scene = Scene(
-        TestPlan(), anything, anything, network, anything, Ledger(lambda _: None), [OWN, FAR], facts
-    )
+    scene = scene_of(fake, options)
     check_between(scene)
     results = scene.ledger.results
     assert {each.subject for each in results} == {"h1 -> h2"}
@@ -154,3 +160,30 @@ def test_a_path_that_is_not_there(
     assert results["relay"][0] == outcome
     assert text in results["relay"][1]
     assert fake.asked == []
+
+
+class Writing(Answering):
+    """Its probes' queue pairs can be opened and connected, and write."""
+
+    def ask(self, to: str, call: str, _seconds: float, /, **arguments: Any) -> Any:
+        assert call == "verbs"
+        self.asked.append(to)
+        return {} if arguments["call"] == "open" else "hash"
+
+
+@pytest.mark.parametrize(
+    ("found", "options", "outcome"),
+    [
+        (described(hosts()), {}, CheckOutcome.PASSED),
+        (described(hosts()), {"relay": "off"}, CheckOutcome.NOT_HERE),
+        (described(hosts(session=False)), {}, CheckOutcome.FAILED),
+    ],
+)
+def test_verbs_between_hosts(found: Status, options: dict[str, str], outcome: CheckOutcome) -> None:
+    """Queue pairs of two hosts are checked if there is a path; those of one host always."""
+    fake = Writing(found, "relay", None, 0)
+    scene = scene_of(fake, options)
+    check_verbs(scene)
+    results = {each.subject: each.outcome for each in scene.ledger.results}
+    passed = dict.fromkeys(("h1", "h2"), CheckOutcome.PASSED)
+    assert results == {**passed, "h1 -> h2": outcome}
