@@ -123,12 +123,11 @@ def test_a_service_behind_its_vip(bed: Bed, manager: Host) -> None:
 
 def _check_page(host: Host, client: str, service: str) -> None:
     """The page that `freeflow ui` serves has the client's connection as a line to the task."""
-    page = host.spawn(
-        *("/usr/local/bin/freeflow", "ui", "--json", "--listen", "127.0.0.1:9478"),
-        stdout=subprocess.PIPE,
-    )
+    serve = "echo $$; exec /usr/local/bin/freeflow ui --json --listen 127.0.0.1:9478"
+    page = host.spawn("sh", "-c", serve, stdout=subprocess.PIPE)
+    assert page.stdout is not None
+    pid = page.stdout.readline().strip()
     try:
-        assert page.stdout is not None
         link = json.loads("".join(iter(page.stdout.readline, "}\n")) + "}")["url"]
         url, _, token = link.partition("#token=")
 
@@ -140,8 +139,9 @@ def _check_page(host: Host, client: str, service: str) -> None:
 
         found = in_netns(Path(f"/proc/{host.pid}/ns/net"), get)
     finally:
-        page.terminate()
-        page.communicate()
+        # Not the process here: that is nsenter, which leaves its child alone.
+        host.run("kill", pid, check=False)
+        page.communicate(timeout=patience(10))
     (shown,) = [each for each in found["map"]["services"] if each["name"] == service]
     (task,) = shown["tasks"]
     names = {each["key"]: each["name"] for each in found["map"]["containers"]}
