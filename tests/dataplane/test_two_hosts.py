@@ -67,6 +67,13 @@ def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
         yield made
 
 
+@pytest.fixture(params=["rdma", "relay"])
+def staying(request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    """Hosts whose streams stay on their path."""
+    with two_hosts(library=LIBRARY, relay=RELAY, path=request.param, settings=STAYS) as made:
+        yield made
+
+
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + patience(seconds)
     while not condition():
@@ -504,22 +511,22 @@ def test_host_stands_still() -> None:
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-def test_relay_killed(hosts: Hosts, dies: int) -> None:
+def test_relay_killed(staying: Hosts, dies: int) -> None:
     """If a relay is killed, its connections are reset at both ends. New connections move again."""
-    with streams(hosts, 20) as made:
-        os.kill(hosts[dies].relay_pid(), signal.SIGKILL)
+    with streams(staying, 20) as made:
+        os.kill(staying[dies].relay_pid(), signal.SIGKILL)
         assert set(made.ends(30)) == {"reset"}
-    moves_again(hosts)
+    moves_again(staying)
 
 
-def test_relay_stopped(hosts: Hosts) -> None:
+def test_relay_stopped(staying: Hosts) -> None:
     """If a relay is stopped, its connections are reset after a while. New connections move
     again.
     """
-    with streams(hosts, 60) as made:
-        os.kill(hosts[1].relay_pid(), signal.SIGSTOP)
+    with streams(staying, 60) as made:
+        os.kill(staying[1].relay_pid(), signal.SIGSTOP)
         assert set(made.ends(60)) == {"reset"}
-    moves_again(hosts)
+    moves_again(staying)
 
 
 @pytest.mark.parametrize("path", ["rdma", "relay"])
