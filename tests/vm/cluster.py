@@ -92,6 +92,11 @@ class Router:
         assert isinstance(answer, control.Connections)
         return answer
 
+    def traffic(self, namespace: int | None = None) -> control.TrafficFacts:
+        answer = self._ask(control.TrafficRequest(namespace=namespace))
+        assert isinstance(answer, control.TrafficFacts)
+        return answer
+
     def verbs(self) -> control.VerbsObjects:
         answer = self._ask(control.VerbsRequest())
         assert isinstance(answer, control.VerbsObjects)

@@ -45,10 +45,21 @@ class Streams:
         b.wait_listening(PORT)
         arguments = [str(seconds), str(count), "told"]
         self.client = a.start([*python, "client", *where, *arguments], stdin=True)
-        # Both ends at once: if one was granted, so is the other.
         wait_until("rdma", lambda: rdma(hosts[0]).granted - before >= count, 120)
+        # Until its peer has the ring, too, an end goes on over TCP.
+        wait_until("rings", lambda: self.rings() >= count, 120)
         # Their time begins now: on a busy machine they would end before they move.
         self.client.write(b"now\n")
+
+    def rings(self) -> int:
+        """The number of connections with bytes in both of their rings."""
+        host = self._hosts[0]
+        traffic = host.router.traffic(host.containers[0].inode).connections
+        return sum(
+            bool(ring.bytes_in and ring.bytes_out)
+            for each in traffic
+            if each.remote.endswith(f":{PORT}") and (ring := each.ring)
+        )
 
     @staticmethod
     def words(process: Process, patience: float) -> list[str]:

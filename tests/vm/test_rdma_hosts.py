@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -277,6 +278,34 @@ def test_many_connections(hosts: list[Host]) -> None:
     assert client.check(200) == f"whole {count}\n"
     assert server.wait(60) == 0
     assert rdma(hosts[0]).broken == before.broken
+
+
+def test_nothing_on_the_way(hosts: list[Host]) -> None:
+    """When the network is lost while nothing is on the way, connections and queue pairs that wait
+    for the other host are reset after a while. Idle ones go on when the network is back.
+    """
+    client, server = echo(hosts, 7300)
+    wait_until("rdma", lambda: paths(hosts, 7300) == [("rdma", None)] * 2, 60)
+    streams, pairs = Streams(hosts, 300), PingPong(hosts, 1_000_000, "-e")
+    wait_until("queue pairs", lambda: len(queue_pairs(hosts)) == 2, 60)
+    client.write(b"rest\n")
+    client.wait_for("rests")
+    for process in (streams.server, pairs.server):
+        process.kill(signal.SIGSTOP)
+    time.sleep(3)
+    hosts[1].guest.cut_underlay()
+    assert set(Streams.words(streams.client, 120)) == {"reset"}
+    assert pairs.client.wait(60) == 1
+    assert "transport retry counter exceeded" in pairs.client.output + pairs.client.errors
+    hosts[1].guest.heal_underlay()
+    for process in (streams.server, pairs.server):
+        process.kill(signal.SIGCONT)
+    assert set(Streams.words(streams.server, 120)) == {"reset"}
+    pairs.server.kill()
+    client.write(b"now\n")
+    assert client.check(120) == "rests\nthe same\n"
+    assert server.wait(60) == 0
+    moves_again(hosts)
 
 
 def test_host_gone(hosts: list[Host]) -> None:

@@ -1,7 +1,8 @@
 """One connection that lives long enough to move, and then carries much, in both directions at once.
 
 echo.py server ADDRESS PORT returns what it gets, of one connection echo.py client ADDRESS PORT
-BYTES SEED when it gets input, sends random bytes, and fails unless the same come back
+BYTES SEED when it gets input, sends random bytes, and fails unless the same come back. If the input
+is the line `rest`, it says `rests`, and its connection is idle until the next line.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def client(address: str, port: int, size: int, seed: int) -> None:
         while not select.select([sys.stdin], [], [], 0.02)[0]:
             connection.sendall(b"ping")
             assert connection.recv(4, socket.MSG_WAITALL) == b"ping"
+        if sys.stdin.readline() == "rest\n":
+            print("rests", flush=True)
+            sys.stdin.readline()
         content = random.Random(seed).randbytes(size)
 
         def send() -> None:
