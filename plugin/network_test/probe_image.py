@@ -143,7 +143,8 @@ def make_image(engine: Engine) -> None:
 
 
 def push_image(engine: Engine, registry: str) -> str:
-    """Push the image to a registry that asks for no password; its name there.
+    """Push the image to a registry that asks for no password; its name there, with its digest:
+    others can push to it, too, and hosts are to start this image or none.
 
     Raises EngineError.
     """
@@ -153,7 +154,15 @@ def push_image(engine: Engine, registry: str) -> str:
         f"/images/{quote(IMAGE, safe=':')}/tag?repo={quote(repository, safe='')}&tag={VERSION}",
     )
     engine.work(f"/images/{quote(repository, safe='/:')}/push?tag={VERSION}")
-    return f"{repository}:{VERSION}"
+    found = engine.get(f"/images/{quote(f'{repository}:{VERSION}', safe='/:')}/json")
+    for name in found.get("RepoDigests") or ():
+        if str(name).startswith(f"{repository}@"):
+            return str(name)
+    raise EngineError(
+        f"image {repository}:{VERSION}",
+        cause="the engine does not say its digest in the registry",
+        remedy="freeflow test --image IMAGE, with any image that has python3",
+    )
 
 
 def chosen_image(engine: Engine, plan: TestPlan) -> str:

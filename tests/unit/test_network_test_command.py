@@ -151,3 +151,32 @@ def test_the_image_is_the_same_each_time() -> None:
     assert one.getvalue() == two.getvalue()
     assert any(path.name.startswith("ld-") for path in files)
     assert len(files) == len(set(files))
+
+
+class RegistryEngine:
+    """An engine that has pushed the image, and knows these digests of it."""
+
+    def __init__(self, *digests: str) -> None:
+        self.digests = digests
+        self.asked: list[str] = []
+
+    def change(self, _method: str, url: str) -> None:
+        self.asked.append(url)
+
+    def work(self, url: str) -> None:
+        self.asked.append(url)
+
+    def get(self, _url: str) -> Any:
+        return {"RepoDigests": list(self.digests)}
+
+
+def test_hosts_get_the_pushed_image_by_its_digest() -> None:
+    """Who else can push to the registry can't change what hosts start: a name without the digest
+    is never used, nor is a digest of another repository.
+    """
+    other, wanted = "registry:5000/x@sha256:00", "registry:5000/freeflow-probe@sha256:11"
+    made: Any = RegistryEngine(other, wanted)
+    assert probe_image.push_image(made, "registry:5000/") == wanted
+    assert "/images/registry:5000/freeflow-probe/push" in made.asked[1]
+    with pytest.raises(EngineError, match="digest"):
+        probe_image.push_image(RegistryEngine(other), "registry:5000")  # type: ignore[arg-type]
