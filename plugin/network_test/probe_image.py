@@ -23,7 +23,10 @@ from plugin.cli.client import Engine
 from plugin.network_test.plan import TestPlan
 from plugin.version import VERSION
 
-REPOSITORY: Final = "freeflow-probe"
+NAME: Final = "freeflow-probe"
+REPOSITORY: Final = f"freeflow.invalid/{NAME}"
+"""No registry has this name (RFC 6761). Engines try to pull an image of a service though they have
+it: a plain name is asked for at Docker Hub or its mirrors, and theirs would be started."""
 IMAGE: Final = f"{REPOSITORY}:{VERSION}"
 
 _MODULES: Final = (
@@ -148,7 +151,7 @@ def push_image(engine: Engine, registry: str) -> str:
 
     Raises EngineError.
     """
-    repository = f"{registry.rstrip('/')}/{REPOSITORY}"
+    repository = f"{registry.rstrip('/')}/{NAME}"
     engine.change(
         "POST",
         f"/images/{quote(IMAGE, safe=':')}/tag?repo={quote(repository, safe='')}&tag={VERSION}",

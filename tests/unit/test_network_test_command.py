@@ -180,3 +180,8 @@ def test_hosts_get_the_pushed_image_by_its_digest() -> None:
     assert "/images/registry:5000/freeflow-probe/push" in made.asked[1]
     with pytest.raises(EngineError, match="digest"):
         probe_image.push_image(RegistryEngine(other), "registry:5000")  # type: ignore[arg-type]
+
+
+def test_no_registry_has_the_image_that_hosts_make() -> None:
+    """Its name leads to no registry, so an engine that tries to pull it gets nothing."""
+    assert probe_image.IMAGE.partition("/")[0].endswith(".invalid")
