@@ -57,8 +57,11 @@ class UpgradeTask:
         """Speak to the engine by another socket from now on."""
         self._engine = engine
 
-    def run(self, node: str, seconds: float = 600.0) -> None:
-        """Upgrade the plugin of a node. Raises UpgradeFailed, EngineError."""
+    def run(self, node: str, seconds: float = 900.0) -> None:
+        """Upgrade the plugin of a node. With the grace that is longer than the task takes at most.
+
+        Raises UpgradeFailed, EngineError.
+        """
         made = self._engine.change("POST", "/services/create", self._service(node))
         service = str(made["ID"])
         try:

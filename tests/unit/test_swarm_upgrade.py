@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -143,6 +147,10 @@ class PluginEngine:
         self.reference = "freeflow:1"
         self.said: list[str] = []
         self.failure = ""
+        self.broken: set[str] = set()
+        """Versions that don't start, and calls that fail."""
+        self.drip = threading.Event()
+        """Set: an upgrade's progress goes on without end."""
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -155,19 +163,32 @@ class PluginEngine:
             answer = text.encode()
         else:
             self.said.append(call)
-        if call in ("disable", "enable"):
+        remote = parse_qs(environ["QUERY_STRING"]).get("remote", [""])[0]
+        if call == "privileges":
+            answer = b"[]"
+        elif call in self.broken or (call == "enable" and self.reference in self.broken):
+            status, answer = "500 Internal Server Error", b'{"message": "it fails"}'
+        elif call in ("disable", "enable"):
             self.enabled = call == "enable"
-        if call == "upgrade":
-            assert "remote=registry%3A5000%2Ffreeflow%3A2" in environ["QUERY_STRING"]
+        elif call == "upgrade":
+            assert remote in (REMOTE, "freeflow:1")
+            if self.drip.is_set():
+                start_response(status, [("Content-Type", "application/json")])
+                return self.progress()
             if self.enabled:
                 status, answer = "409 Conflict", b'{"message": "the plugin is enabled"}'
             elif self.failure:
                 answer = f'{{"status": "x"}}\n{{"errorDetail": {{}}, "error": "{self.failure}"}}'.encode()
             else:
-                self.reference = REMOTE
+                self.reference = remote
                 answer = b'{"status": "done"}\n'
         start_response(status, [("Content-Type", "application/json")])
         return [answer]
+
+    def progress(self) -> Iterator[bytes]:
+        while self.drip.is_set():
+            yield b'{"status": "x"}\n'
+            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -192,6 +213,63 @@ def test_the_task_enables_the_plugin_whatever_happens(engine: tuple[PluginEngine
         plugin_agent.upgrade(path, "freeflow:latest", REMOTE, [])
     assert made.enabled
     assert made.reference == "freeflow:1"
+
+
+def test_a_version_that_does_not_start(engine: tuple[PluginEngine, str]) -> None:
+    """The former version is put back and enabled, and the reason is the engine's."""
+    made, path = engine
+    made.broken = {REMOTE}
+    with pytest.raises(plugin_agent.AgentError, match="it fails; freeflow:1 is back"):
+        plugin_agent.upgrade(path, "freeflow:latest", REMOTE, [])
+    assert (made.enabled, made.reference) == (True, "freeflow:1")
+    made.broken = {REMOTE, "freeflow:1"}
+    with pytest.raises(plugin_agent.AgentError, match="freeflow:1 does not come back: it fails"):
+        plugin_agent.upgrade(path, "freeflow:latest", REMOTE, [])
+
+
+def test_a_plugin_that_cannot_be_disabled(engine: tuple[PluginEngine, str]) -> None:
+    """It is enabled afterwards: the engine may have disabled it all the same."""
+    made, path = engine
+    made.broken = {"disable"}
+    with pytest.raises(plugin_agent.AgentError, match="it fails"):
+        plugin_agent.upgrade(path, "freeflow:latest", REMOTE, [])
+    assert made.said == ["disable", "enable"]
+    made.broken = {"upgrade", "enable"}
+    with pytest.raises(plugin_agent.AgentError, match="it fails; and the plugin is disabled"):
+        plugin_agent.upgrade(path, "freeflow:latest", REMOTE, [])
+
+
+def test_a_registry_that_never_ends(
+    engine: tuple[PluginEngine, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slowly a download goes on, the plugin is enabled before the task is killed."""
+    made, path = engine
+    monkeypatch.setattr(plugin_agent, "_DOWNLOADING", 0.3)
+    made.drip.set()
+    try:
+        with pytest.raises(plugin_agent.AgentError, match="not done it in time"):
+            # As the engine does, the server answers others meanwhile.
+            ask = plugin_agent.ask
+
+            def asking(*arguments: Any, **options: Any) -> Any:
+                try:
+                    return ask(*arguments, **options)
+                finally:
+                    if "upgrade" in arguments[2]:
+                        made.drip.clear()
+
+            monkeypatch.setattr(plugin_agent, "ask", asking)
+            plugin_agent.upgrade(path, "freeflow:latest", REMOTE, [])
+    finally:
+        made.drip.clear()
+    assert (made.enabled, made.said) == (True, ["disable", "upgrade", "enable"])
+
+
+def test_the_task_ends_before_it_is_killed() -> None:
+    """All of its requests together take less than it has."""
+    longest = 2 * (plugin_agent._SECONDS + plugin_agent._DOWNLOADING) + 3 * plugin_agent._STARTING
+    waits = inspect.signature(upgrade_task.UpgradeTask.run).parameters["seconds"].default
+    assert longest <= waits + upgrade_task._GRACE
 
 
 def test_the_task_starts_from_its_text() -> None:
