@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from plugin.network_test.coordinator import Coordinator, only_one
 from plugin.network_test.outcomes import NetworkReport
 from plugin.network_test.placement import LABEL, NODE, UNTIL, ProbePlacement
 from plugin.network_test.plan import TestPlan
+from testbed.patience import patience
 from tests.unit.fake_swarm import FakeSwarm, UnreachedError
 from tests.unit.swarm_probes import HOSTS, FakePlugin, hello, probe_answers
 
@@ -245,6 +249,38 @@ def test_a_run_of_another_manager_is_left_alone(swarm: FakeSwarm) -> None:
     with pytest.raises(FreeFlowError, match=identifier):
         run(swarm)
     assert len(swarm.services) == 2
+
+
+@pytest.mark.parametrize("until", ["9" * 12, "9" * 5000, "²", "-1", "", "soon"])
+def test_labels_that_no_run_has(swarm: FakeSwarm, until: str) -> None:
+    """A container with such a label, from its image, neither keeps runs from beginning nor breaks
+    them.
+    """
+    swarm.containers["c"] = {"Id": "c", "Labels": {LABEL: "x", NODE: "other", UNTIL: until}}
+    assert run(swarm).code == 0
+
+
+def test_a_published_port_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program at the port, however slowly it speaks, is named soon."""
+    monkeypatch.setattr(checks_names, "_CONNECTING", 0.2)
+    done = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while not done.is_set():
+                connection, _ = server.accept()
+                for _ in range(int(patience(20) / 0.1)):
+                    connection.sendall(b"x")
+                    if done.wait(0.1):
+                        break
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=drip, args=(server,), daemon=True).start()
+        begin = time.monotonic()
+        verdict = checks_names._published("127.0.0.1", server.getsockname()[1], "node-h1/two")
+        done.set()
+    assert verdict[0] == "failed"
+    assert time.monotonic() - begin < patience(10)
 
 
 def test_one_run_at_a_time(swarm: FakeSwarm, tmp_path: Path) -> None:
