@@ -20,6 +20,8 @@ from driver.errors import FreeFlowError
 _HEADER: Final = struct.Struct("!BxxxI")
 _STDOUT: Final = 1
 _LONGEST: Final = 2 << 20
+_TAKING: Final = 30
+"""Seconds in which the gateway takes a request."""
 _LATE: Final = 10.0
 """Seconds that an answer may take longer than the probe has."""
 
@@ -52,6 +54,8 @@ class Gateway:
     def __init__(self, stream: socket.socket) -> None:
         self._stream = stream
         stream.settimeout(None)
+        # Of sending alone: the other thread waits for answers as long as there may be some.
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _TAKING, 0))
         self._numbers = itertools.count(1)
         self._waiting: dict[int, Future[_Line]] = {}
         self._lock = threading.Lock()

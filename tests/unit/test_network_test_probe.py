@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from plugin.network_test import boot
+from plugin.network_test import boot, gateway
 from plugin.network_test.probe import measurements, spoof
-from plugin.network_test.probe.data_server import DataServer
+from plugin.network_test.probe.data_server import DataServer, accept_all
 from plugin.network_test.probe.probe_wire import ProbeConnection, ProofError
 from testbed.patience import patience
+from testbed.process import wait_until
 
 KEY = bytes(range(32))
 OTHER = bytes(32)
@@ -138,6 +139,46 @@ def test_a_stranger_gets_nothing_from_the_data_server(port: int) -> None:
         stranger.send(bytes(100))
         with pytest.raises(TimeoutError):
             stranger.recv(1000)
+
+
+def test_strangers_get_no_more_threads() -> None:
+    """Connections over the limit are closed at once; those that end make room."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        # What it serves ends with the connection.
+        threading.Thread(
+            target=accept_all, args=(server, lambda each: each.recv(1), 2), daemon=True
+        ).start()
+
+        def connect() -> socket.socket:
+            return socket.create_connection(server.getsockname(), timeout=patience(10))
+
+        silent = [connect(), connect()]
+        with connect() as refused:
+            assert refused.recv(1) == b""
+        for each in silent:
+            each.close()
+        wait_until("a stranger to be served again", lambda: _is_served(connect()))
+
+
+def _is_served(connection: socket.socket) -> bool:
+    """Whether nobody closes it."""
+    with connection:
+        connection.settimeout(0.2)
+        try:
+            return connection.recv(1) != b""
+        except TimeoutError:
+            return True
+
+
+def test_a_gateway_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that the gateway's container does not read ends the run, not waits for ever."""
+    monkeypatch.setattr(gateway, "_TAKING", 1)
+    own, theirs = socket.socketpair()
+    made = gateway.Gateway(own)
+    with pytest.raises(gateway.GatewayLost), theirs:
+        for _ in range(1000):
+            made.start("10.0.1.2", "hello", 1.0, text="x" * 100_000)
+    made.close()
 
 
 def test_a_frame_has_the_source_that_was_asked_for() -> None:

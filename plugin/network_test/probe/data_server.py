@@ -29,6 +29,8 @@ PIECE = 1 << 16
 _IDLE = 60.0
 """Seconds after which a silent connection is closed."""
 _NOTES = 10_000
+CONNECTIONS = 200
+"""At the same time at one port, each with a thread."""
 
 
 def listen(port: int, family: int) -> socket.socket:
@@ -42,23 +44,37 @@ def listen(port: int, family: int) -> socket.socket:
     return server
 
 
-def accept_all(server: socket.socket, serve: Any) -> None:
-    """Serve each connection in a thread of its own."""
+def accept_all(server: socket.socket, serve: Any, limit: int = CONNECTIONS) -> None:
+    """Serve each connection in a thread of its own. Those over the limit are closed: containers
+    that do not know the key may make any number, and threads are the host's.
+    """
+    free = threading.BoundedSemaphore(limit)
     while True:
-        connection, _ = server.accept()
-        threading.Thread(target=_serve, args=(serve, connection), daemon=True).start()
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            if server.fileno() < 0:
+                return
+            # No descriptor is free: others end.
+            time.sleep(0.1)
+            continue
+        if free.acquire(blocking=False):
+            threading.Thread(target=_serve, args=(serve, connection, free), daemon=True).start()
+        else:
+            connection.close()
 
 
-def _serve(serve: Any, connection: socket.socket) -> None:
-    connection.settimeout(_IDLE)
+def _serve(serve: Any, connection: socket.socket, free: threading.BoundedSemaphore) -> None:
     kept = False
     try:
+        connection.settimeout(_IDLE)
         kept = bool(serve(connection))
     except Exception:
         pass
     finally:
         if not kept:
             connection.close()
+        free.release()
 
 
 def receive_all(connection: socket.socket, count: int) -> bytes:
