@@ -103,7 +103,7 @@ def _serve(client: Client, listen: str, as_json: bool) -> None:
     if address is None:
         raise click.BadParameter("is empty", param_hint="--listen")
     # Before the link is printed: without the plugin there is nothing to show.
-    client.status()
+    status = client.status()
     token = secrets.token_urlsafe(24)
     source = PageSource(client.status, client.addresses, client.traffic)
     page = create_page(PageFeed(source), PageAccess(token, is_loopback(address[0])))
@@ -115,7 +115,10 @@ def _serve(client: Client, listen: str, as_json: bool) -> None:
             cause=str(error),
             remedy="freeflow ui --listen with another address",
         ) from error
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    shown = address[0]
+    if ip_address(shown).is_unspecified:
+        shown = status.host.address or shown
+    host = f"[{shown}]" if ":" in shown else shown
     link = PageLink(f"http://{host}:{address[1]}/#token={token}")
     say_value(link, f"{link.url}\nCtrl-C ends it.\n", as_json)
     sys.stdout.flush()

@@ -132,6 +132,21 @@ def test_the_command_serves_the_page(tmp_path: Path) -> None:
             process.communicate()
 
 
+def test_a_link_that_a_browser_can_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all addresses, the link has this host's."""
+
+    class Served:
+        def __init__(self, *_: object) -> None:
+            """Nothing is served."""
+
+        def start(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("plugin.bounded_server.BoundedServer", Served)
+    done = run(tmp_path, "--listen", "0.0.0.0:9478")
+    assert done.output.startswith("http://192.0.2.1:9478/#token=")
+
+
 def _answer(request: urllib.request.Request) -> bytes:
     deadline = time.monotonic() + patience(5)
     while True:
