@@ -289,14 +289,21 @@ class Encryption:
         node = facts.node or self._stored.node
         now = self._clock()
         wanted = (node, own, tuple(self._peers.values()))
+        refusal: FreeFlowError | None = None
         if wanted != self._applied or now >= self._repair_at:
             self._repair_at = now + REPAIR_EVERY
             self._applied = None
-            self._kernel.apply(node, tuple(self._peers.values()))
-            self._applied = wanted
+            try:
+                self._kernel.apply(node, tuple(self._peers.values()))
+                self._applied = wanted
+            except FreeFlowError as error:
+                # Of one peer, perhaps: the others are to know this host's keys all the same.
+                refusal = error
         told = {fact.node for fact in facts.peers}
         self._rotate(own, node, told.issuperset(self._peers))
         self._publish(networks, node)
+        if refusal is not None:
+            raise refusal
 
     def _sharing(self, networks: list[Network]) -> frozenset[IPAddress] | None:
         """The other hosts on these networks; None: that isn't known of all of them yet."""

@@ -165,6 +165,19 @@ def test_last_container_ends(world: World) -> None:
     assert host.encryption.state() is None
 
 
+def test_a_refused_peer_does_not_keep_the_keys_from_others(tmp_path: Path) -> None:
+    """If the kernel refuses what one host has announced, the others still get this host's keys."""
+    world = World(tmp_path, 3)
+    host = world.hosts[1]
+    host.kernel.fails = True
+    world.settle()
+    assert host.encryption.keys() is not None
+    state = host.encryption.state()
+    assert state is not None
+    assert "refused" in state.error
+    assert {peer.node for peer in world.hosts[2].kernel.peers} == {"node1", "node3"}
+
+
 def test_rotation_loses_nothing(world: World) -> None:
     """While keys change, every packet that any host sends at any moment is decrypted."""
     before = {number: host.kernel.keys() for number, host in world.hosts.items()}
