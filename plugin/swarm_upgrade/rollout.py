@@ -88,8 +88,8 @@ class Rollout:
     def _privileges(self) -> list[Any]:
         """Those that the new version asks for. Raises EngineError."""
         found = self._engine.get(f"/plugins/privileges?remote={quote(self._remote, safe='')}")
-        names = sorted({str(each.get("Name")) for each in found})
-        self._say(f"{self._remote} asks for: {', '.join(names)}")
+        asked = sorted(f"{each.get('Name')}: {_values(each)}" for each in found)
+        self._say(f"{self._remote} asks for {'; '.join(asked)}")
         return list(found)
 
     def _hosts(self, own: str) -> list[UpgradedHost]:
@@ -156,6 +156,11 @@ def take_hosts_root(engine: Engine) -> Engine:
     os.chroot(".")
     os.fchdir(int(directory))
     return Engine(Path("/run/docker.sock"))
+
+
+def _values(privilege: dict[str, Any]) -> str:
+    """What a privilege is for: a name alone doesn't say which folder of the host is mounted."""
+    return ", ".join(map(str, privilege.get("Value") or ()))
 
 
 def _why(report: NetworkReport) -> str:

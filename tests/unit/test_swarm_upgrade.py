@@ -63,6 +63,7 @@ def test_this_host_is_last(swarm: FakeSwarm) -> None:
         "upgrading h1",
     ]
     assert swarm.services == swarm.networks == {}
+    assert said[0] == f"{REMOTE} asks for network: host"
 
 
 def test_it_does_not_begin_on_a_broken_network(swarm: FakeSwarm) -> None:
