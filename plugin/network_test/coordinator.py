@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,6 +96,15 @@ def manager_info(engine: Engine) -> dict[str, Any]:
     if swarm.get("LocalNodeState") != "active" or not swarm.get("ControlAvailable"):
         raise Unsuitable("this host is no manager of a Swarm", remedy=_MANAGER)
     return info
+
+
+def _address_of(node: Mapping[str, Any]) -> str:
+    """A node's address. Engines say 0.0.0.0 of the leader, which has reached itself."""
+    address = str((node.get("Status") or {}).get("Addr"))
+    manager = str((node.get("ManagerStatus") or {}).get("Addr") or "")
+    if address in ("0.0.0.0", "::") and manager:
+        return manager.rpartition(":")[0].strip("[]")
+    return address
 
 
 def find_driver(engine: Engine) -> str:
@@ -201,9 +210,7 @@ class Coordinator:
             name = str(description.get("Hostname") or node["ID"])
             state = str((node.get("Status") or {}).get("State"))
             availability = str((node.get("Spec") or {}).get("Availability"))
-            address = str((node.get("Status") or {}).get("Addr"))
-            if node["ID"] == own and own_address:
-                address = own_address
+            address = own_address if node["ID"] == own and own_address else _address_of(node)
             if availability != "active":
                 self._ledger.add(Check.PROBE, name, not_here(f"the node is {availability}"))
                 continue

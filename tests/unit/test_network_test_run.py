@@ -283,6 +283,25 @@ def test_a_published_port_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - begin < patience(10)
 
 
+def test_the_leader_has_an_address(swarm: FakeSwarm) -> None:
+    """The engine of another manager says 0.0.0.0 of the leader: that would be this host."""
+    placed = ProbePlacement(swarm, "node-h1")  # type: ignore[arg-type]
+    network = placed.make_network("freeflow:latest", {})
+    find = swarm.find
+
+    def led(url: str) -> Any:
+        found: Any = find(url)
+        if url == "/nodes":
+            found[1]["Status"]["Addr"] = "0.0.0.0"
+            found[1]["ManagerStatus"] = {"Addr": "192.0.2.9:2377", "Leader": True}
+        return found
+
+    swarm.find = led  # type: ignore[method-assign]
+    made = Coordinator(FakePlugin(swarm), TestPlan(), lambda _line: None)  # type: ignore[arg-type]
+    hosts = made._nodes("node-h1", "192.0.2.1", network)
+    assert [host.address for host in hosts] == ["192.0.2.1", "192.0.2.9", "192.0.2.3"]
+
+
 def test_one_run_at_a_time(swarm: FakeSwarm, tmp_path: Path) -> None:
     """A second run on this host ends at once and removes nothing."""
     with only_one(tmp_path), pytest.raises(FreeFlowError, match="another freeflow test"):
