@@ -41,7 +41,7 @@ class _Connection(http.client.HTTPConnection):
 
     def whole(self, response: http.client.HTTPResponse, end: float) -> bytes:
         """What is answered until then, however slowly it comes. Raises AgentError, OSError."""
-        parts = []
+        parts: list[bytes] = []
         while True:
             left = end - time.monotonic()
             try:

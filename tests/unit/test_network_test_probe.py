@@ -175,9 +175,13 @@ def test_a_gateway_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "_TAKING", 1)
     own, theirs = socket.socketpair()
     made = gateway.Gateway(own)
-    with pytest.raises(gateway.GatewayLost), theirs:
+
+    def fill() -> None:
         for _ in range(1000):
             made.start("10.0.1.2", "hello", 1.0, text="x" * 100_000)
+
+    with theirs, pytest.raises(gateway.GatewayLost):
+        fill()
     made.close()
 
 

@@ -246,20 +246,20 @@ def test_a_registry_that_never_ends(
     """However slowly a download goes on, the plugin is enabled before the task is killed."""
     made, path = engine
     monkeypatch.setattr(plugin_agent, "_DOWNLOADING", 0.3)
+    ask = plugin_agent.ask
+
+    def asking(*arguments: Any, **options: Any) -> Any:
+        try:
+            return ask(*arguments, **options)
+        finally:
+            # As the engine does, the server answers others meanwhile.
+            if "upgrade" in arguments[2]:
+                made.drip.clear()
+
+    monkeypatch.setattr(plugin_agent, "ask", asking)
     made.drip.set()
     try:
         with pytest.raises(plugin_agent.AgentError, match="not done it in time"):
-            # As the engine does, the server answers others meanwhile.
-            ask = plugin_agent.ask
-
-            def asking(*arguments: Any, **options: Any) -> Any:
-                try:
-                    return ask(*arguments, **options)
-                finally:
-                    if "upgrade" in arguments[2]:
-                        made.drip.clear()
-
-            monkeypatch.setattr(plugin_agent, "ask", asking)
             plugin_agent.upgrade(path, "freeflow:latest", REMOTE, [])
     finally:
         made.drip.clear()
