@@ -134,6 +134,17 @@ static bool restore_pages(struct extent *extent)
         return extent->restored || (extent->restored = pages_restore(&extent->pages));
 }
 
+/* The same, more than once: a thread that can't be stopped may be in a moment. */
+static bool restore_soon(struct extent *extent)
+{
+        enum { TRIES = 20 };
+        int tries = 0;
+
+        while (!restore_pages(extent) && ++tries < TRIES)
+                ;
+        return extent->restored;
+}
+
 /* End one that nobody uses. */
 static bool give_up(uint32_t place)
 {
@@ -253,7 +264,7 @@ void extent_leave(struct extent *extent)
         extent->used = false;
         for (uint32_t i = 0; i < table.count; i++)
                 if (table.extents[i] == extent) {
-                        if (!give_up(i))
+                        if (!restore_soon(extent) || !give_up(i))
                                 leave_for_later(extent->maker);
                         break;
                 }
@@ -264,16 +275,11 @@ void extent_leave(struct extent *extent)
  * how long to wait for peers. */
 static void withdraw(struct extent *extent, uint64_t until)
 {
-        enum { TRIES = 20 };
-        int tries = 0;
-
         if (extent->restored)
                 return;
         forbid(extent);
         await_writers(extent, until);
-        while (!restore_pages(extent) && ++tries < TRIES)
-                ;
-        if (!extent->restored)
+        if (!restore_soon(extent))
                 leave_for_later(extent->maker);
 }
 

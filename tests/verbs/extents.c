@@ -182,6 +182,13 @@ static void check_advice(void)
         }
 }
 
+static void await_good(pid_t child)
+{
+        int status;
+
+        CHECK(waitpid(child, &status, 0) == child && status == 0);
+}
+
 static unsigned char *late;
 
 static void *write_late(void *argument)
@@ -223,6 +230,50 @@ static void check_withdrawn(void)
         settle();
         CHECK(own[0] == 5 && !table.count && munmap(peer, EXTENT_PAGE + BYTES) == 0);
         CHECK(munmap(own, BYTES) == 0 && munmap(other, BYTES) == 0);
+}
+
+static _Atomic bool in_child;
+
+/* Until a standstill has failed for this thread, which waits for its child and can't be stopped: a
+ * second one has begun. */
+static void *wait_for_child(void *unused)
+{
+        enum { MOST = 10000 /* ms */ };
+        volatile uint64_t *deadline = &helper.deadline, before = *deadline, first = before;
+        volatile pid_t child = vfork();
+
+        if (!child) {
+                in_child = true;
+                for (int i = 0; i < MOST && (first == before || *deadline == first); i++) {
+                        if (first == before)
+                                first = *deadline;
+                        usleep(1000);
+                }
+                _exit(0);
+        }
+        await_good(child);
+        return unused;
+}
+
+/* Deregistering leaves nothing shared that can be made private in a moment. */
+static void check_tried_again(void)
+{
+        unsigned char *own = map(BYTES), *peer;
+        struct extent *extent = take(own, BYTES, true);
+        pthread_t thread;
+
+        CHECK(extent);
+        peer = mmap(NULL, BYTES, PROT_READ, MAP_SHARED, extent->file.memfd, EXTENT_PAGE);
+        CHECK(peer != MAP_FAILED);
+        own[0] = 1;
+        CHECK(pthread_create(&thread, NULL, wait_for_child, NULL) == 0);
+        while (!in_child)
+                usleep(1000);
+        extent_leave(extent);
+        own[0] = 2;
+        CHECK(peer[0] == 1 && !table.count);
+        CHECK(pthread_join(thread, NULL) == 0);
+        CHECK(munmap(own, BYTES) == 0 && munmap(peer, BYTES) == 0);
 }
 
 /* When one peer's queue pair has ended there is another file for the others, if one of them asks,
@@ -304,13 +355,6 @@ static pid_t fork_as_library(void)
         else
                 extents_forked();
         return made;
-}
-
-static void await_good(pid_t child)
-{
-        int status;
-
-        CHECK(waitpid(child, &status, 0) == child && status == 0);
 }
 
 /* A child has what was there when it was made, and none of what either side writes later. */
@@ -439,6 +483,7 @@ int main(int count, char **arguments)
         check_unmapped();
         check_advice();
         check_withdrawn();
+        check_tried_again();
         check_renewed();
         check_moved();
         check_fork();
