@@ -93,6 +93,13 @@ static void copy(const struct send_work *work, struct cursor *cursor, unsigned c
         atomic_thread_fence(memory_order_acq_rel);
 }
 
+/* As if the other side had not answered. */
+static void fail(struct send_work *work)
+{
+        work->status = IBV_WC_RETRY_EXC_ERR;
+        work->whole = true;
+}
+
 /* What is mapped, if the operation's memory is in it, and where that begins; NULL: it is not. */
 static const struct segment *find(struct queue_pair *queue, const struct send_work *work, uint32_t access,
                                   unsigned char **place)
@@ -138,11 +145,13 @@ bool direct_try(struct queue_pair *queue, struct send_work *work)
                 return false;
         if (segment_enter(segment)) {
                 copy(work, &cursor, place);
-                segment_leave(segment);
-                work->begun = work->whole = work->answered = work->direct = true;
+                if (segment_leave(segment))
+                        work->begun = work->whole = work->answered = work->direct = true;
+                else if (access == KEY_REMOTE_ATOMIC)
+                        fail(work);
         }
         work_let_go(&held);
-        return work->direct;
+        return work->whole;
 }
 
 void direct_begun(struct queue_pair *queue)

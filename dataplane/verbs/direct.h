@@ -13,6 +13,10 @@
  *
  * The last bytes are written last: who watches the last byte of a WRITE sees all of it.
  *
+ * The owner may take the memory away while this process stands still in the middle of a copy. Then
+ * the operation goes as a record, from its beginning. An atomic one fails instead: nobody knows
+ * whether it was executed, and it must not be twice.
+ *
  * It is an optimisation: whatever can't be copied goes as a record. There is none between hosts.
  */
 #ifndef FREEFLOW_DIRECT_H
@@ -28,7 +32,8 @@ struct direct_reacher {
 
 extern const struct direct_reacher *direct_reacher; /* NULL: no memory is direct */
 
-/* Under `sending`: execute the request, which has not begun. False: it has to go as a record. */
+/* Under `sending`: execute the request, which has not begun, or have it fail. False: it has to go
+ * as a record. */
 bool direct_try(struct queue_pair *queue, struct send_work *work);
 /* The queue pair ends, or allows less than before: the other side uses none of the memory any more
  * that it was told of. Under no mutex. */

@@ -247,13 +247,19 @@ static uint64_t end_of_patience(void)
         return monotonic() + UINT64_C(1000000) * EXTENT_PATIENCE;
 }
 
-/* Those that are writing have written, if they are honest. */
+/* Those that are writing have written, or will know that this may be lost. */
 static void await_writers(const struct extent *extent, uint64_t until)
 {
         enum { PAUSE = 100000 /* ns */ };
 
-        while (extent->writable && atomic_load(&extent->header->writers) && monotonic() < until)
+        while (extent->writable && atomic_load(&extent->header->writers)) {
+                if (monotonic() >= until) {
+                        /* Before the pages are copied. Pairs with segment_leave(). */
+                        atomic_store(&extent->header->abandoned, 1);
+                        return;
+                }
                 sys_sleep(PAUSE);
+        }
 }
 
 void extent_leave(struct extent *extent)

@@ -139,20 +139,30 @@ static bool is_allowed(const struct segment *segment)
         return atomic_load(&header_of(segment)->key) == segment->key;
 }
 
+/* Has its owner not waited for somebody who writes? Pairs with await_writers() in extents.c. */
+static bool is_abandoned(const struct segment *segment)
+{
+        return atomic_load(&header_of(segment)->abandoned);
+}
+
 bool segment_enter(const struct segment *segment)
 {
         if (segment->reached->writable)
                 atomic_fetch_add(&header_of(segment)->writers, 1);
-        if (is_allowed(segment))
+        if (is_allowed(segment) && !is_abandoned(segment))
                 return true;
         segment_leave(segment);
         return false;
 }
 
-void segment_leave(const struct segment *segment)
+bool segment_leave(const struct segment *segment)
 {
-        if (segment->reached->writable)
-                atomic_fetch_sub(&header_of(segment)->writers, 1);
+        if (!segment->reached->writable)
+                return true;
+        /* What was written comes before the look: if it does not see that the owner goes on, the
+         * owner copies all of it. */
+        atomic_fetch_sub(&header_of(segment)->writers, 1);
+        return !is_abandoned(segment);
 }
 
 static void drop(struct segment **at)

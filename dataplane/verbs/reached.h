@@ -47,9 +47,9 @@ bool segment_add(struct segment **list, struct reached *reached, uint32_t key,
 /* The memory of a key; NULL: none is known. One that its owner has given up is dropped. */
 struct segment *segment_find(struct segment **list, uint32_t key);
 /* Around its use: its owner waits meanwhile, for a moment, before it takes the memory away. False:
- * it has done so. */
+ * it has done so; at the end: perhaps before all was written. */
 bool segment_enter(const struct segment *segment);
-void segment_leave(const struct segment *segment);
+bool segment_leave(const struct segment *segment);
 void segments_end(struct segment **list);
 
 #endif

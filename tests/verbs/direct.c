@@ -343,6 +343,61 @@ static void check_ended(void)
         }
 }
 
+static unsigned char *stopped_at;
+
+/* It is stopped there for longer than the other side waits, which withdraws its memory because of
+ * another queue pair. */
+static void withdraw_meanwhile(int signal)
+{
+        struct extent_set told = queue_of(ends[1].qp)->known;
+
+        (void)signal;
+        CHECK(mprotect(stopped_at, PAGE, PROT_READ | PROT_WRITE) == 0);
+        extents_withdraw(&told);
+}
+
+static void stop_at(uint32_t offset)
+{
+        const struct sigaction action = {.sa_handler = withdraw_meanwhile};
+
+        stopped_at = memory[0] + offset;
+        CHECK(sigaction(SIGSEGV, &action, NULL) == 0 && mprotect(stopped_at, PAGE, PROT_NONE) == 0);
+}
+
+/* Who stands still in the middle of an operation, so that the other side takes its memory away,
+ * writes all of it nevertheless, and does no atomic operation twice. */
+static void check_stopped(void)
+{
+        struct ibv_sge list;
+        struct ibv_send_wr wr;
+        uint64_t *word, before;
+
+        start();
+        warm_up(IBV_WR_RDMA_WRITE);
+        before = records_put();
+        list = piece(0, 30 * PAGE);
+        for (uint32_t i = 0; i < list.length; i++)
+                memory[0][i] = (unsigned char)(i * 7 + i / 256);
+        stop_at(15 * PAGE);
+        post(operation(IBV_WR_RDMA_WRITE, &list, 1, MIDDLE));
+        CHECK(sent().status == IBV_WC_SUCCESS && records_put() > before);
+        CHECK(memcmp(memory[0], memory[1] + MIDDLE, list.length) == 0);
+        end_all();
+
+        start();
+        warm_up(IBV_WR_RDMA_READ);
+        word = (uint64_t *)(void *)(memory[1] + MIDDLE);
+        *word = 5;
+        list = piece(15 * PAGE, 8);
+        wr = operation(IBV_WR_ATOMIC_FETCH_AND_ADD, &list, 1, MIDDLE);
+        wr.wr.atomic.compare_add = 3;
+        stop_at(15 * PAGE);
+        post(wr);
+        CHECK(sent().status == IBV_WC_RETRY_EXC_ERR && *word == 8);
+        CHECK(signal(SIGSEGV, SIG_DFL) == withdraw_meanwhile);
+        end_all();
+}
+
 /* A queue pair that only reads can't be used to map what may be written. */
 static void check_less_allowed(void)
 {
@@ -395,6 +450,7 @@ int main(void)
         check_less_allowed();
         check_unknown();
         check_ended();
+        check_stopped();
         CHECK(ibv_close_device(context) == 0);
         return 0;
 }

@@ -208,6 +208,7 @@ static void check_withdrawn(void)
         unsigned char *own = map(BYTES), *other = map(BYTES), *peer;
         struct extent *extent = take(own, BYTES, true), *second = take(other, BYTES, true);
         struct extent_set mine = {0};
+        struct extent_header *header;
         pthread_t thread;
 
         CHECK(extent && second && allow(extent, 9, &mine) && allow(second, 8, &told));
@@ -219,14 +220,17 @@ static void check_withdrawn(void)
         extents_withdraw(&mine);
         settle();
         CHECK(pthread_join(thread, NULL) == 0);
-        CHECK(own[0] == 5 && !extent->header->key);
+        CHECK(own[0] == 5 && !extent->header->key && !extent->header->abandoned);
         *late = 6;
         CHECK(own[0] == 5);
         CHECK(pages_are_there(&second->pages) && second->header->key == 8);
-        /* Whoever never ends is not waited for. */
+        /* Whoever never ends is not waited for, and can know. */
+        header = mmap(NULL, EXTENT_PAGE, PROT_READ, MAP_SHARED, second->file.memfd, 0);
+        CHECK(header != MAP_FAILED);
         atomic_fetch_add(&second->header->writers, 1);
         extent_leave(extent);
         extent_leave(second);
+        CHECK(header->abandoned && munmap(header, EXTENT_PAGE) == 0);
         settle();
         CHECK(own[0] == 5 && !table.count && munmap(peer, EXTENT_PAGE + BYTES) == 0);
         CHECK(munmap(own, BYTES) == 0 && munmap(other, BYTES) == 0);
