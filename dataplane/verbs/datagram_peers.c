@@ -181,25 +181,49 @@ static void start(struct datagram_peer *peer, struct view out, struct view in, i
         set_state(peer, PEER_UP);
 }
 
-/* Whoever waits for a queue pair of the new peer's has found it. */
-static void drop_waiting(const struct datagram_slot *slot)
+/* Is it somebody who was asked for, and is found with the slot? */
+static bool is_awaited(const struct datagram_peer *peer, const struct datagram_slot *slot)
 {
-        for (uint32_t i = 0; i < peer_count(); i++) {
-                struct datagram_peer *peer = peer_at(i);
-                enum datagram_state state = peer_state(peer);
+        enum datagram_state state = peer_state(peer);
 
-                if ((state == PEER_ASKED || state == PEER_NOBODY) &&
-                    peer->first - slot->first < slot->count && joins(peer, &slot->from, &slot->to))
-                        set_state(peer, PEER_FREE);
+        return (state == PEER_ASKED || state == PEER_NOBODY) && peer->first - slot->first < slot->count &&
+               joins(peer, &slot->from, &slot->to);
+}
+
+bool peer_may_come(const struct datagram_slot *slot, uint64_t most_unasked)
+{
+        bool asked = !slot->unasked;
+        uint64_t unasked = 0;
+
+        mutex_take(&table);
+        for (uint32_t i = 0; i < peer_count() && !asked; i++) {
+                unasked += peer_state(peer_at(i)) == PEER_UP && peer_at(i)->unasked;
+                asked = is_awaited(peer_at(i), slot);
         }
+        mutex_release(&table);
+        return asked || unasked < most_unasked;
+}
+
+/* Whoever waits for a queue pair of the new peer's has found it. False: nobody does. */
+static bool drop_waiting(const struct datagram_slot *slot)
+{
+        bool any = false;
+
+        for (uint32_t i = 0; i < peer_count(); i++)
+                if (is_awaited(peer_at(i), slot)) {
+                        set_state(peer_at(i), PEER_FREE);
+                        any = true;
+                }
+        return any;
 }
 
 struct datagram_peer *peer_up(const struct datagram_slot *slot)
 {
         struct datagram_peer *peer;
+        bool awaited;
 
         mutex_take(&table);
-        drop_waiting(slot);
+        awaited = drop_waiting(slot);
         peer = find_place();
         /* It is neither free nor up: nobody else touches it. */
         if (peer)
@@ -213,6 +237,7 @@ struct datagram_peer *peer_up(const struct datagram_slot *slot)
         peer->count = slot->count;
         peer->number = slot->number;
         peer->epoch = slot->epoch;
+        peer->unasked = slot->unasked && !awaited;
         peer->since = monotonic();
         peer->again = 0;
         copy_place(&peer->place, slot->place);

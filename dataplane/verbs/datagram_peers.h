@@ -66,6 +66,7 @@ struct datagram_peer {
         bool refused;     /* the router has answered, though there may be one in a moment */
         uint64_t since;   /* ns: when it was asked for, or refused, or became NOBODY or UP */
         uint64_t again;   /* ns: when to ask again */
+        bool unasked;     /* UP: the slot's */
 
         struct mutex sending;
         struct record_sender sender;
@@ -98,6 +99,7 @@ enum datagram_outcome {
 struct datagram_slot {
         union ibv_gid from, to;
         uint32_t first, count, number, epoch;
+        bool unasked; /* the other process alone has asked for it */
         const struct place *place;
         int bell;
         struct view out, in;
@@ -147,6 +149,9 @@ enum datagram_outcome peers_send_to(uint32_t number, uint32_t epoch, const struc
 uint32_t peer_request(void);
 /* The process itself; NULL: it has sent itself nothing. */
 struct datagram_peer *peer_own(void);
+/* Is a slot to be used that the router has given? Of those that only other processes have asked
+ * for, this one has `most_unasked` at most. */
+bool peer_may_come(const struct datagram_slot *slot, uint64_t most_unasked);
 /* The router has given a slot. NULL: there is no room for it. */
 struct datagram_peer *peer_up(const struct datagram_slot *slot);
 /* The router knows nobody with the queue pair that was asked for; `later`: there may be in a

@@ -5,6 +5,8 @@
 #include "datagrams.h"
 #include "groups.h"
 
+#include <sys/resource.h>
+
 static void seek(const union ibv_gid *from, const union ibv_gid *to, uint32_t number, uint32_t wanted,
                  uint32_t request)
 {
@@ -68,13 +70,25 @@ static bool passes(uint32_t reason)
         return reason == REASON_NOT_FOUND || reason == REASON_LIMIT || reason == REASON_MEMORY;
 }
 
+/* How many slots others may give this process. Each takes up to four of the descriptors that the
+ * library keeps for itself, a quarter of the process's at least (own.c): half of those in all. */
+static uint64_t most_unasked(void)
+{
+        enum { EACH = 4, PART = 8 };
+        struct rlimit limit = {.rlim_cur = 1024};
+
+        sys_4(SYS_prlimit64, 0, RLIMIT_NOFILE, 0, &limit);
+        return limit.rlim_cur / PART / EACH;
+}
+
 static void granted(const struct freeflow_services *here, struct verbs_message *message)
 {
         const struct v_grant *grant = &message->grant;
         struct datagram_slot slot = {.first = grant->peer_qpn,
                                      .count = grant->peer_count,
                                      .number = grant->number,
-                                     .epoch = message->epoch};
+                                     .epoch = message->epoch,
+                                     .unasked = !grant->request};
         struct datagram_peer *peer, *before;
 
         memcpy(&slot.to, grant->peer_gid.bytes, sizeof slot.to);
@@ -86,13 +100,19 @@ static void granted(const struct freeflow_services *here, struct verbs_message *
                 client_release(&message->place);
                 return;
         }
+        /* What an earlier router gave for the same queue pairs; this one does not know of it. */
+        while ((before = peer_before(&slot))) {
+                slot.unasked &= before->unasked;
+                end(before, before->number);
+        }
+        if (!peer_may_come(&slot, most_unasked())) {
+                client_release(&message->place);
+                return;
+        }
         slot.place = &message->place;
         slot.out = here->sends(&message->place);
         slot.in = here->receives(&message->place);
         slot.bell = agent_join(&message->place);
-        /* What an earlier router gave for the same queue pairs; this one does not know of it. */
-        while ((before = peer_before(&slot)))
-                end(before, before->number);
         peer = peer_up(&slot);
         if (peer) {
                 agent_serve(&message->place, AGENT_DATAGRAMS | peer->index);

@@ -475,6 +475,24 @@ static void check_room(void)
         go_down(SLOT);
 }
 
+/* A slot that another process has asked for may be one too many, unless this one waits for it. */
+static void check_unasked(void)
+{
+        const uint32_t first = PEER_FIRST + 1000;
+        const struct datagram_slot slot = {
+            .from = here, .to = there, .first = first, .count = 100, .unasked = true};
+
+        CHECK(!peer_may_come(&slot, 0) && peer_may_come(&slot, 1));
+        CHECK(send_with(qps[0], peer_ah, first + 3, KEY, piece(0, 10)) == 0);
+        CHECK(peer_may_come(&slot, 0));
+        rings = new_rings(false);
+        record_receive_from(&receives, rings.views[0]);
+        add_peer(first, SLOT, &rings);
+        expect(IBV_WC_SEND, IBV_WC_SUCCESS);
+        expect_record(qps[0]->qp_num, first + 3, 10);
+        go_down(SLOT);
+}
+
 /* More peers than a poll looks at: all are heard, those that say something again as well. */
 static void check_crowd(void)
 {
@@ -755,6 +773,7 @@ int main(int count, char **arguments)
                 check_errors();
                 check_shared();
                 check_seeking();
+                check_unasked();
                 check_arrivals();
                 check_flood();
                 check_room();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import shutil
 import subprocess
 import time
@@ -193,3 +194,38 @@ def test_flood_of_slots(program: Path, library: Path, tmp_path: Path) -> None:
         for each in gossips:
             assert each.say(f"send {each.number} 10") == "sent"
             assert each.say("await 10") == "got 10"
+
+
+def test_slots_of_strangers(program: Path, library: Path, tmp_path: Path) -> None:
+    """A process takes only some of the slots that others ask for: the arena of each takes
+    descriptors, and those of the library are few.
+    """
+    path = tmp_path / "router.sock"
+    most = 8
+    with (
+        hand_router(path) as made,
+        processes(program, library, path, 1) as gossips,
+    ):
+        limit = 32 * most, 32 * most
+        resource.prlimit(gossips[0].process.pid, resource.RLIMIT_NOFILE, limit)
+        gossips.extend(Gossip(program, library, path) for _ in range(most + 3))
+        one, *strangers, asked, late, later = made.clients
+        for stranger in strangers:
+            made.give_datagrams(stranger, one)
+        made.give_datagrams(one, asked, request=1)
+        refused = [made.give_datagrams(each, one)[0].number for each in (late, later)]
+        made.await_releases(2)
+        assert [(arena, side) for arena, side, _ in made.releases] == [
+            (each, 1) for each in refused
+        ]
+        # One goes, and another one may come. The strangers release what they were given before.
+        made.end_datagrams(made.arenas[0].incarnations[0])
+        made.give_datagrams(late, one)
+        made.give_datagrams(later, one)
+        made.await_releases(7)
+        ended = made.arenas[0].number
+        assert sorted((arena, side) for arena, side, _ in made.releases[2:]) == sorted(
+            [(ended, 0), (ended, 1), *((each, 0) for each in refused), (refused[1], 1)]
+        )
+        assert gossips[0].say(f"send {gossips[0].number} 10") == "sent"
+        assert gossips[0].say("await 10") == "got 10"
