@@ -29,9 +29,10 @@ enum {
 };
 
 /* Who writes there counts itself before it looks at the key, and until it has written. So whoever
- * takes the key away knows when nobody writes any more, if all are honest. It does not wait for long
- * for one that stands still. So whoever has written looks whether it was waited for: if not, what it
- * has written may be lost. */
+ * takes the key away knows when nobody writes any more, if all are honest. It does not wait for
+ * long for one that stands still. So whoever has written looks whether it was waited for: if not,
+ * what it has written may be lost.
+ */
 struct extent_header {
         _Atomic uint64_t key; /* the region's, while peers may use it; 0: they may not */
         _Atomic uint64_t writers;
