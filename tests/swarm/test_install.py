@@ -21,7 +21,6 @@ from testbed.images import WORKLOAD_IMAGE
 from testbed.patience import within
 from testbed.process import run
 from tests.swarm.conftest import address, run_container
-from tests.swarm.test_runtime import STACK, check_stack
 
 NAME = "freeflow:latest"
 TOP = Path(__file__).resolve().parents[2]
@@ -228,21 +227,6 @@ def test_readmes_quick_start(newcomers: Bed) -> None:
             assert host.status()["router"]["granted"] - before >= 50
     host.docker("service", "rm", "web")
     host.docker("rm", "-f", "cache")
-
-
-def test_an_unchanged_stack_after_the_quick_start(newcomers: Bed) -> None:
-    """What README's installation makes is enough for a stack of redis, nginx and PostgreSQL on a
-    FreeFlow network: all of their connections within a host are in shared memory.
-
-    `test_runtime` has the same for more engines.
-    """
-    manager, other = newcomers.hosts
-    manager.run("sh", "-c", "cat >/root/stack.yml", stdin=STACK.format(image=WORKLOAD_IMAGE))
-    manager.docker("stack", "deploy", "-c", "/root/stack.yml", "shop")
-    try:
-        check_stack(other, "shop")
-    finally:
-        manager.docker("stack", "rm", "shop")
 
 
 @contextmanager
