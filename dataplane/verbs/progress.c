@@ -151,6 +151,17 @@ void progress_feed(struct queue_pair *queue)
                 progress_loop(queue);
 }
 
+/* Execute some of what lies before this position. False: none of it is left that can be executed.
+ * The other side may put more all the time, also answers behind a message that waits for a receive.
+ */
+static bool run_up_to(struct queue_pair *queue, uint64_t end)
+{
+        uint64_t from = queue->receiver.head;
+
+        return executor_run(queue, NULL) &&
+               (queue->receiver.head != from || (int64_t)(end - queue->ahead.head) > 0);
+}
+
 void progress_finish(struct queue_pair *queue)
 {
         const struct ring *in;
@@ -162,8 +173,7 @@ void progress_finish(struct queue_pair *queue)
         in = queue->receiver.view.ring;
         end = in ? atomic_load_explicit(&in->tail, memory_order_acquire) : 0;
         queue->leaves = true;
-        /* The other side may put more all the time. */
-        while (in && (int64_t)(end - queue->receiver.head) > 0 && executor_run(queue, NULL))
+        while (in && (int64_t)(end - queue->receiver.head) > 0 && run_up_to(queue, end))
                 ;
         queue->leaves = false;
         mutex_release(&queue->receiving);

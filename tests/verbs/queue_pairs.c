@@ -672,6 +672,69 @@ static void check_executes_before_leaving(void)
         }
 }
 
+static int asked; /* by a hostile other side */
+
+static void put_by_hand(struct record record)
+{
+        struct record_sender *sender = &queue_of(ends[0].qp)->sender;
+
+        CHECK(record_put(sender, &record, NULL) == RECORD_OK && record_publish(sender));
+}
+
+static void put_ask(void)
+{
+        enum { MOST = 1000 };
+
+        CHECK(asked++ < MOST);
+        put_by_hand((struct record){.operation = RECORD_ASK, .rkey = 1});
+}
+
+/* The hostile side takes each answer, and asks again at once: for that it has room, though the
+ * message is still in the ring, if it says so itself. */
+static void ask_once_more(struct queue_pair *queue, struct waiters *waiters)
+{
+        struct queue_pair *hostile = queue_of(ends[0].qp);
+
+        (void)waiters;
+        if (queue == hostile)
+                return;
+        for (; record_next(&hostile->receiver) == RECORD_OK; record_done(&hostile->receiver))
+                if (hostile->receiver.now.operation == RECORD_DIRECT) {
+                        atomic_store(&hostile->sender.view.ring->head, hostile->sender.tail);
+                        put_ask();
+                }
+}
+
+/* The program can leave another side that puts more behind a message without a receive, as soon as
+ * what it has put before is taken. */
+static void check_leaves_hostile(void)
+{
+        static const struct queue_pairer endless = {.ask = ask,
+                                                    .ask_again = ask_again,
+                                                    .listen = listen_to_nobody,
+                                                    .ring = ask_once_more,
+                                                    .leave = leave};
+        enum { RESET, ERROR, DESTROY, WAYS };
+
+        for (int way = 0; way < WAYS; way++) {
+                start();
+                asked = 0;
+                put_by_hand((struct record){.operation = RECORD_SEND, .flags = RECORD_FIRST | RECORD_LAST});
+                put_ask();
+                queue_pairer = &endless;
+                if (way == DESTROY) {
+                        CHECK(ibv_destroy_qp(ends[1].qp) == 0);
+                        ends[1].qp = NULL;
+                } else {
+                        CHECK(modify(ends[1].qp, way == RESET ? IBV_QPS_RESET : IBV_QPS_ERR,
+                                     usual_attributes(0), IBV_QP_STATE) == 0);
+                }
+                queue_pairer = &pairer;
+                CHECK(asked > 1);
+                end_all();
+        }
+}
+
 /* What the other side had asked for before it went is executed. */
 static void check_executes_before_close(void)
 {
@@ -1205,6 +1268,7 @@ int main(void)
             check_windows,
             check_addresses,
             check_executes_before_loss,
+            check_leaves_hostile,
             check_loop,
             check_numbers,
         };
