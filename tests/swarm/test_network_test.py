@@ -141,7 +141,7 @@ def test_an_interrupted_run_leaves_nothing(prepared: Bed, manager: Host) -> None
 
     def begun() -> subprocess.Popen[str]:
         process = manager.spawn(
-            *("sh", "-c", f"echo $$ > /tmp/test.pid; exec {COMMAND} test --perf --json -"),
+            *("sh", "-c", f"echo $$ > /tmp/test.pid; exec {COMMAND} test --json -"),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )

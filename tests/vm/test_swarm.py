@@ -44,8 +44,7 @@ def swarm() -> Iterator[list[GuestEngine]]:
         make_swarm(engines)
         manager = engines[0]
         manager.docker("network", "create", "-d", PLUGIN, "--attachable", "ours")
-        accelerated = ("--label", "freeflow.accelerate=on")
-        manager.docker("network", "create", "-d", "overlay", "--attachable", *accelerated, "theirs")
+        manager.docker("network", "create", "-d", "overlay", "--attachable", "theirs")
         manager.docker(
             *("service", "create", "-d", "--no-resolve-image", "--name", "web", "--mode", "global"),
             *("--network", "ours", "--network", "theirs", *RUN, IMAGE, "sh", "-c", WEB),
@@ -79,48 +78,6 @@ def test_a_service_on_two_hosts_is_answered_from_both_beside_ipvs(swarm: list[Gu
             assert set(answers) == tasks, f"{driver} on {engine.guest.name}"
     balanced = swarm[0].guest.sh("nsenter --net=$(ls /run/docker/netns/lb_*) ipvsadm -Ln")
     assert balanced.count("Masq") == len(swarm)
-
-
-SLOW_REQUESTS = """
-import select, socket, sys
-ends = [socket.create_connection((sys.argv[1], 80)) for _ in range(4)]
-for end in ends:
-    end.sendall(b"GET / HTTP/1.0\\r\\nX: ")
-while not select.select([sys.stdin], [], [], 0.1)[0]:
-    for end in ends:
-        end.sendall(b"x")
-for end in ends:
-    end.sendall(b"\\r\\n\\r\\n")
-    print(end.makefile("rb").read().split()[-1].decode())
-"""
-"""Requests whose headers grow until a line comes on standard input; prints the answers."""
-
-
-def test_connections_that_ipvs_balances_stay_on_tcp(swarm: list[GuestEngine]) -> None:
-    """On a labelled overlay of Docker's, a container's connections to a VIP, which IPVS leads to
-    tasks of both hosts, stay on TCP with that reason, and work.
-    """
-    engine, vip = swarm[0], vips(swarm[0])["overlay"]
-    tasks = {
-        container[:12]
-        for each in swarm
-        for container in each.containers()
-        if "web" in each.api(f"containers/{container}/json")["Name"]
-    }
-    options = ("--network", "theirs", *RUN, *LIBRARY)
-    engine.docker("run", "-d", "--name", "asking", *options, IMAGE, "sleep", "3600")
-    command = ["docker", "exec", "-i", "asking", "python3", "-ES", "-c", SLOW_REQUESTS, vip]
-    asking = engine.guest.start(command, stdin=True)
-
-    def balanced() -> list[tuple[str, str]]:
-        listed = json.loads(engine.freeflow("connections", "--json"))["connections"]
-        return [(one["path"], one["reason"]) for one in listed if one["remote"] == f"{vip}:80"]
-
-    wait_until("four connections", lambda: len(balanced()) == 4, 40, 0.5)
-    assert set(balanced()) == {("overlay", "balanced")}
-    asking.write(b"now\n")
-    assert set(asking.check(60).split()) == tasks
-    engine.docker("rm", "-f", "asking")
 
 
 def test_the_plugin_is_well_and_sees_its_peer(swarm: list[GuestEngine]) -> None:
