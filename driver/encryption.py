@@ -41,8 +41,6 @@ REPAIR_EVERY: Final = 10.0
 FRESH: Final = 180.0
 """Seconds for which a handshake holds: WireGuard makes a new one every two minutes, since there are
 always packets (keepalive)."""
-PERIOD: Final = 86400.0
-"""Seconds between two changes of this host's key."""
 FACT: Final = "encryption"
 NO_KEY: Final = (
     "it has announced no key: its FreeFlow is of an earlier version, its kernel has no WireGuard, "
@@ -154,7 +152,7 @@ class Encryption:
         *,
         states: Callable[[], Mapping[str, NetworkState]],
         own: Callable[[], frozenset[IPAddress]],
-        period: float = PERIOD,
+        period: float,
         changed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
