@@ -71,6 +71,8 @@ class EncryptionKernel(Protocol):
 
     port: int
 
+    def make(self) -> object: ...
+
     def keys(self) -> tuple[str, str] | None: ...
 
     def slot(self) -> int: ...
@@ -274,8 +276,11 @@ class Encryption:
 
     def _check(self, networks: list[Network]) -> None:
         own = self._kernel.keys()
+        if own is None and networks:
+            # Somebody has removed the devices, or the first container is just being made.
+            self._kernel.make()
+            own = self._kernel.keys()
         if own is None:
-            # No container of an encrypted network has been started yet.
             self._publish([], self._stored.node)
             return
         try:
