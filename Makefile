@@ -18,7 +18,7 @@ C_FILES := $(filter %.c %.h,$(SOURCES))
 PYTHON_FOLDERS := plugin driver dataplane bench testbed tests tools
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library verbs ebpf relay runtime plugin prepare install uninstall push test unit kernel swarm vm encryption torture lint pictures screenshots docs demo bench settings clean
+.PHONY: help setup venv library verbs ebpf relay runtime plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures screenshots docs demo bench settings clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -109,11 +109,6 @@ swarm: setup plugin ## scenarios on a real Swarm
 vm: setup library ebpf relay plugin ## tests in virtual machines: RDMA, kernels of several ages, IPVS
 	@$(PYTHON) -m testbed.prepare vm
 	$(PYTHON) -m pytest tests/vm
-
-encryption: setup library ebpf relay plugin ## encrypted networks on three hosts in virtual machines: reboots, kernels, versions; their cost
-	@$(PYTHON) -m testbed.prepare vm last-version
-	ENCRYPTION_LONG=1 $(PYTHON) -m pytest tests/vm/test_encrypted_hosts.py tests/vm/test_kernels.py -k 'wireguard or encrypted'
-	$(PYTHON) -m bench.encrypted_networks
 
 torture: setup library ## a million races of bells; the torture test for an hour, and for an hour with each sanitizer; 1,000 lost links
 	BELL_ROUNDS=$${BELL_ROUNDS:-1000000} $(PYTHON) -m pytest tests/dataplane/test_bells.py

@@ -41,6 +41,8 @@ REPAIR_EVERY: Final = 10.0
 FRESH: Final = 180.0
 """Seconds for which a handshake holds: WireGuard makes a new one every two minutes, since there are
 always packets (keepalive)."""
+PERIOD: Final = 86400.0
+"""Seconds between two changes of this host's key."""
 FACT: Final = "encryption"
 NO_KEY: Final = (
     "it has announced no key: its FreeFlow is of an earlier version, its kernel has no WireGuard, "
@@ -70,8 +72,6 @@ class EncryptionKernel(Protocol):
     """
 
     port: int
-
-    def make(self) -> object: ...
 
     def keys(self) -> tuple[str, str] | None: ...
 
@@ -154,7 +154,7 @@ class Encryption:
         *,
         states: Callable[[], Mapping[str, NetworkState]],
         own: Callable[[], frozenset[IPAddress]],
-        period: float,
+        period: float = PERIOD,
         changed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -276,11 +276,8 @@ class Encryption:
 
     def _check(self, networks: list[Network]) -> None:
         own = self._kernel.keys()
-        if own is None and networks:
-            # Somebody has removed the devices, or the first container is just being made.
-            self._kernel.make()
-            own = self._kernel.keys()
         if own is None:
+            # No container of an encrypted network has been started yet.
             self._publish([], self._stored.node)
             return
         try:
