@@ -154,6 +154,8 @@ class PluginEngine:
         """Set: an upgrade's progress goes on without end."""
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        # Read before the answer, as the engine does: else the sender finds the pipe broken.
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         path = environ["PATH_INFO"]
         call = path.rpartition("/")[2]
         status, answer = "200 OK", b""
