@@ -21,6 +21,15 @@ UNUSABLE: Final = 2
 """Exit codes."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+image_option = click.option(
+    "--image", metavar="IMAGE", default="", help="An image with python3, 3.9 or later."
+)
+registry_option = click.option(
+    "--registry",
+    metavar="HOST[:PORT]",
+    default="",
+    help="Push the probes' image to this registry, for the other hosts.",
+)
 
 
 def explained(

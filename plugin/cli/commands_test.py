@@ -9,7 +9,7 @@ import click
 
 from driver.errors import InvalidRequest
 from plugin.cli.client import Client
-from plugin.cli.command_parts import explained
+from plugin.cli.command_parts import explained, image_option, registry_option
 from plugin.cli.terminal import json_text, say, say_json, shown_all
 from plugin.cli.user_files import users_root
 
@@ -18,13 +18,8 @@ from plugin.cli.user_files import users_root
 @click.option("--quick", is_flag=True, help="Only what takes some seconds: no measurements.")
 @click.option("--perf", is_flag=True, help="Only measure throughput and round trips.")
 @click.option("--network", metavar="NAME", default="", help="Test this attachable network.")
-@click.option("--image", metavar="IMAGE", default="", help="An image with python3, 3.9 or later.")
-@click.option(
-    "--registry",
-    metavar="HOST[:PORT]",
-    default="",
-    help="Push the probes' image to this registry, for the other hosts.",
-)
+@image_option
+@registry_option
 @click.option("--prepare", is_flag=True, help="Only make the probes' image on this host.")
 @click.option(
     "--wait",

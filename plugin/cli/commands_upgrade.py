@@ -9,7 +9,7 @@ from typing import Final
 import click
 
 from plugin.cli.client import Client
-from plugin.cli.command_parts import explained
+from plugin.cli.command_parts import explained, image_option, registry_option
 from plugin.cli.terminal import say
 from plugin.swarm_upgrade.upgrade_task import UpgradeFailed
 
@@ -18,13 +18,8 @@ COMMAND: Final = Path("/usr/local/bin/freeflow")
 
 @click.command()
 @click.argument("reference", metavar="REGISTRY/NAME:TAG")
-@click.option("--image", metavar="IMAGE", default="", help="An image with python3, 3.9 or later.")
-@click.option(
-    "--registry",
-    metavar="HOST[:PORT]",
-    default="",
-    help="Push the probes' image to this registry, for the other hosts.",
-)
+@image_option
+@registry_option
 @click.option(
     "--wait",
     "seconds",
