@@ -8,8 +8,9 @@ and then goes on as the new version's `freeflow test`.
 from __future__ import annotations
 
 import os
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,11 +28,15 @@ from plugin.network_test.coordinator import (
 from plugin.network_test.outcomes import NetworkReport
 from plugin.network_test.plan import TestPlan
 from plugin.network_test.probe_image import chosen_image
+from plugin.swarm_upgrade.privileges import added_privileges, privilege_text
 from plugin.swarm_upgrade.upgrade_task import UpgradeFailed, UpgradeTask
 
+_PAUSE: Final = 0.5
 _REPORTED: Final = 90.0
 """Seconds until a node has reported its plugin again; it does so every 20 s."""
 _ANSWERING: Final = 60.0
+_ASKED: Final = 30.0
+"""Seconds for one try of the command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,8 @@ class UpgradedHost:
 
 class Rollout:
     """One upgrade of a Swarm to `remote`. `plan` has the image and the patience of the tests, `say`
-    shows a line of progress.
+    shows a line of progress. `consent` is asked whether the new version may have privileges that
+    the plugin of this host does not have; each is a text.
     """
 
     def __init__(
@@ -55,12 +61,14 @@ class Rollout:
         remote: str,
         plan: TestPlan,
         say: Callable[[str], None],
+        consent: Callable[[list[str]], bool],
     ) -> None:
         self._client = client
         self._engine = client.engine
         self._remote = remote
         self._plan = plan
         self._say = say
+        self._consent = consent
 
     def run(self) -> list[str]:
         """Upgrade all hosts; the command of the last test. Raises FreeFlowError."""
@@ -70,7 +78,7 @@ class Rollout:
             hosts = self._hosts(str(info["Swarm"]["NodeID"]))
             image = chosen_image(self._engine, self._plan)
             plan = TestPlan(image=image, quick=True, seconds=self._plan.seconds)
-            privileges = self._privileges()
+            privileges = self._privileges(plugin)
             task = UpgradeTask(self._engine, image, plugin, self._remote, privileges)
             task.remove_older()
             self._test(plan, "before the upgrade", "docs/connectivity-test.md")
@@ -85,12 +93,23 @@ class Rollout:
         seconds = f"{plan.seconds:g}"
         return ["test", "--quick", "--image", image, "--wait", seconds]
 
-    def _privileges(self) -> list[Any]:
-        """Those that the new version asks for. Raises EngineError."""
-        found = self._engine.get(f"/plugins/privileges?remote={quote(self._remote, safe='')}")
-        asked = sorted(f"{each.get('Name')}: {_values(each)}" for each in found)
-        self._say(f"{self._remote} asks for {'; '.join(asked)}")
-        return list(found)
+    def _privileges(self, plugin: str) -> list[Any]:
+        """Those that the new version asks for. Raises Unsuitable: the user does not consent to
+        those that are new; EngineError.
+        """
+        asked = list(
+            self._engine.get(f"/plugins/privileges?remote={quote(self._remote, safe='')}") or ()
+        )
+        installed = self._engine.get(f"/plugins/{quote(plugin, safe='')}/json")
+        self._say(f"{self._remote} asks for {'; '.join(sorted(map(privilege_text, asked)))}")
+        new = added_privileges(asked, installed.get("Config") or {})
+        if new and not self._consent(new):
+            raise Unsuitable(
+                f"{self._remote} asks for privileges that {plugin} does not have",
+                cause="; ".join(new),
+                remedy="if it may have them: freeflow upgrade --grant-all-permissions",
+            )
+        return asked
 
     def _hosts(self, own: str) -> list[UpgradedHost]:
         """All hosts, this one last. Raises Unsuitable if one is not there."""
@@ -123,17 +142,17 @@ class Rollout:
 
     def _wait_reported(self, host: UpgradedHost, plugin: str) -> None:
         """Until the Swarm schedules on the host what needs the plugin."""
-        end = time.monotonic() + _REPORTED
-        while time.monotonic() < end:
+
+        def reported() -> bool:
             node = self._engine.get(f"/nodes/{host.node}")
             engine = (node.get("Description") or {}).get("Engine") or {}
-            if any(each.get("Name") == plugin for each in engine.get("Plugins") or ()):
-                return
-            time.sleep(0.5)
-        raise UpgradeFailed(
-            f"{host.name} has not reported its plugin in {_REPORTED:g} s",
-            remedy=f"on that host: docker plugin ls; freeflow status ({plugin})",
-        )
+            return any(each.get("Name") == plugin for each in engine.get("Plugins") or ())
+
+        if not _wait(reported, _REPORTED):
+            raise UpgradeFailed(
+                f"{host.name} has not reported its plugin in {_REPORTED:g} s",
+                remedy=f"on that host: docker plugin ls; freeflow status ({plugin})",
+            )
 
     def _test(self, plan: TestPlan, when: str, remedy: str) -> None:
         self._say(f"testing, {when}")
@@ -158,11 +177,6 @@ def take_hosts_root(engine: Engine) -> Engine:
     return Engine(Path("/run/docker.sock"))
 
 
-def _values(privilege: dict[str, Any]) -> str:
-    """What a privilege is for: a name alone doesn't say which folder of the host is mounted."""
-    return ", ".join(map(str, privilege.get("Value") or ()))
-
-
 def _why(report: NetworkReport) -> str:
     if report.error:
         return report.error
@@ -183,13 +197,40 @@ def _go_back(host: UpgradedHost, plugin: str) -> str:
     )
 
 
-def wait_for_command(path: Path, seconds: float = _ANSWERING) -> None:
-    """Until the new version has installed its command. Raises UpgradeFailed."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if path.exists():
-            return
-        time.sleep(0.5)
+def installed_version(command: Sequence[str], seconds: float = _ANSWERING) -> str:
+    """What the command of the new version says of itself, as soon as it does. That the file is
+    there says nothing: the one of the former version was there, too.
+
+    Raises UpgradeFailed.
+    """
+    said = ""
+
+    def answered() -> bool:
+        nonlocal said
+        try:
+            done = subprocess.run(
+                [*command, "--version"], capture_output=True, timeout=_ASKED, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            said = str(error)
+            return False
+        said = (done.stdout or done.stderr).decode(errors="replace").strip()
+        return done.returncode == 0
+
+    if _wait(answered, seconds):
+        return said
     raise UpgradeFailed(
-        f"the new version did not install its command, {path}", remedy="journalctl -u docker"
+        f"the new version's command does not answer, {command[-1]}",
+        cause=said[-300:],
+        remedy="journalctl -u docker",
     )
+
+
+def _wait(done: Callable[[], bool], seconds: float) -> bool:
+    """Whether it is done in this time; at least one look."""
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() >= end:
+            return False
+        time.sleep(_PAUSE)
+    return True

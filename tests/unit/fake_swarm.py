@@ -43,6 +43,8 @@ class FakeSwarm:
         self.lacking: dict[str, str] = {}
         """Node to why its tasks don't run."""
         self.answers: dict[str, Answer] = {}
+        self.privileges: list[dict[str, Any]] = [{"Name": "network", "Value": ["host"]}]
+        """Those that a new version asks for; the installed one has the first."""
         self.upgraded: list[str] = []
         """Nodes whose plugin was upgraded, in this order."""
         self.failing: dict[str, str] = {}
@@ -73,7 +75,9 @@ class FakeSwarm:
             case ["plugins"]:
                 return [{"Name": DRIVER, "Enabled": True}]
             case ["plugins", "privileges"]:
-                return [{"Name": "network", "Value": ["host"]}]
+                return self.privileges
+            case ["plugins", _, "json"]:
+                return {"Config": {"Network": {"Type": "host"}}}
             case ["nodes", identifier]:
                 return next(each for each in self.find("/nodes") or () if each["ID"] == identifier)
             case ["nodes"]:

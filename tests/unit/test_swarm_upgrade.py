@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -16,9 +17,10 @@ from urllib.parse import parse_qs
 import pytest
 
 from driver.errors import EngineError, FreeFlowError
-from plugin.network_test import coordinator
+from plugin.network_test import coordinator, placement
 from plugin.network_test.plan import TestPlan
 from plugin.swarm_upgrade import plugin_agent, rollout, upgrade_task
+from plugin.swarm_upgrade.privileges import added_privileges
 from plugin.swarm_upgrade.rollout import Rollout
 from plugin.swarm_upgrade.upgrade_task import UpgradeFailed
 from testbed.patience import patience
@@ -35,17 +37,24 @@ def swarm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeSwarm:
     """A healthy Swarm of three hosts, h1 being this one; waits are short."""
     for module in (coordinator, rollout):
         monkeypatch.setattr(module, "host_run", lambda: tmp_path)
-    monkeypatch.setattr(upgrade_task, "_PAUSE", 0.01)
+    for waiting in (placement, upgrade_task):
+        monkeypatch.setattr(waiting, "_PAUSE", 0.01)
     made = FakeSwarm()
     made.answers = probe_answers()
     return made
 
 
-def run(swarm: FakeSwarm) -> tuple[list[str], list[str]]:
+def nobody(new: list[str]) -> bool:
+    raise AssertionError(new)
+
+
+def run(
+    swarm: FakeSwarm, consent: Callable[[list[str]], bool] = nobody
+) -> tuple[list[str], list[str]]:
     """The command of the last test, and the lines of progress."""
     said: list[str] = []
     plugin: Any = FakePlugin(swarm)
-    return Rollout(plugin, REMOTE, PLAN, said.append).run(), said
+    return Rollout(plugin, REMOTE, PLAN, said.append, consent).run(), said
 
 
 def test_this_host_is_last(swarm: FakeSwarm) -> None:
@@ -119,6 +128,83 @@ def test_an_unknown_version(swarm: FakeSwarm) -> None:
     with pytest.raises(EngineError, match="manifest unknown"):
         run(swarm)
     assert swarm.upgraded == []
+
+
+def test_new_privileges_need_consent(swarm: FakeSwarm) -> None:
+    """What the installed version does not have, folder by folder, is asked for before anything is
+    done. Without consent no host is touched, and the error names it and the option.
+    """
+    swarm.privileges.append({"Name": "mount", "Value": ["/", "/etc"]})
+    asked: list[list[str]] = []
+
+    def consent(new: list[str]) -> bool:
+        asked.append(new)
+        return len(asked) > 1
+
+    with pytest.raises(FreeFlowError, match="asks for privileges") as caught:
+        run(swarm, consent)
+    assert caught.value.cause == "mount: /, /etc"
+    assert "--grant-all-permissions" in caught.value.remedy
+    assert swarm.upgraded == []
+    run(swarm, consent)
+    assert swarm.upgraded == ["node-h2", "node-h3", "node-h1"]
+    assert asked == [["mount: /, /etc"]] * 2
+
+
+def test_privileges_of_the_installed_version() -> None:
+    """The plugin's own configuration asks for nothing new of itself, and for each value that it
+    lacks.
+    """
+    config = json.loads((Path(__file__).parents[2] / "config.json").read_text())
+    fewer = json.loads(json.dumps(config))
+    capability = fewer["linux"]["capabilities"].pop()
+    mount = fewer["mounts"].pop()["source"]
+    fewer["pidhost"] = False
+    asked = [
+        {"Name": "network", "Value": [config["network"]["type"]]},
+        {"Name": "host pid namespace", "Value": ["true"]},
+        *({"Name": "mount", "Value": [each["source"]]} for each in config["mounts"]),
+        {"Name": "capabilities", "Value": config["linux"]["capabilities"]},
+    ]
+    assert added_privileges(asked, as_inspected(config)) == []
+    assert added_privileges(asked, as_inspected(fewer)) == [
+        f"capabilities: {capability}",
+        "host pid namespace: true",
+        f"mount: {mount}",
+    ]
+    assert len(added_privileges(asked, {})) == len(asked)
+
+
+def as_inspected(config: dict[str, Any]) -> dict[str, Any]:
+    """A plugin's config.json as the engine shows it."""
+    linux = config["linux"]
+    return {
+        "Network": {"Type": config["network"]["type"]},
+        "PidHost": config["pidhost"],
+        "IpcHost": config.get("ipchost", False),
+        "Mounts": [{"Source": each["source"]} for each in config["mounts"]],
+        "Linux": {
+            "Capabilities": linux["capabilities"],
+            "AllowAllDevices": linux.get("allowAllDevices", False),
+            "Devices": [{"Path": each["path"]} for each in linux.get("devices") or ()],
+        },
+    }
+
+
+def test_the_version_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that is there and does not work yet is asked again; one that never does is an error
+    with what it says.
+    """
+    monkeypatch.setattr(rollout, "_PAUSE", 0.01)
+    mark, command = tmp_path / "mark", tmp_path / "command"
+    command.write_text(
+        f"#!/bin/sh\n[ -e {mark} ] || {{ touch {mark}; echo not yet >&2; exit 2; }}\necho version 9\n"
+    )
+    command.chmod(0o755)
+    assert rollout.installed_version([str(command)], patience(20)) == "version 9"
+    command.write_text("#!/bin/sh\necho removed >&2; exit 2\n")
+    with pytest.raises(UpgradeFailed, match="removed"):
+        rollout.installed_version([str(command)], 0.0)
 
 
 def test_a_host_that_is_away(swarm: FakeSwarm) -> None:
