@@ -1,8 +1,8 @@
 """A small HTTP server for addresses that anybody may reach: it bounds what its clients can take.
 
 gunicorn's threads read requests without a limit of time, so a few silent clients would hold all of
-them. Here each connection has one request, a deadline to send it, and a limit of time for what is
-sent to it. Connections over the limit are refused at once.
+them. Here each connection has one request, a deadline to send it, a limit of its head's length, and a
+limit of time for what is sent to it. Connections over the limit are refused at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from http.client import LineTooLong
 from socketserver import ThreadingMixIn
 from typing import IO, Any, Final, cast
 from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
@@ -27,10 +28,27 @@ CONNECTIONS: Final = 32
 """At the same time, each with a thread."""
 PATIENCE: Final = 10.0
 """Seconds for a whole request, and for each piece of an answer."""
+HEAD: Final = 16 << 10
+"""Bytes of a request's line and headers. Python's own limit is 6 MiB, for each connection."""
 _BUSY: Final = (
     b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Type: text/plain\r\n\r\n"
     b"too many connections\n"
 )
+
+
+class _Head:
+    """The lines of a request's head. Raises LineTooLong beyond `HEAD`."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._left = HEAD
+
+    def readline(self, _size: int = -1) -> bytes:
+        line = self._stream.readline(self._left + 1)
+        if len(line) > self._left:
+            raise LineTooLong("request")
+        self._left -= len(line)
+        return line
 
 
 class _Answer(ServerHandler):
@@ -52,16 +70,26 @@ class _Request(WSGIRequestHandler):
     def handle(self) -> None:
         server = self.server
         assert isinstance(server, BoundedServer)
-        self.raw_requestline = self.rfile.readline(65537)
-        if not self.raw_requestline or len(self.raw_requestline) > 65536:
+        reader, writer = cast("IO[bytes]", self.rfile), cast("IO[bytes]", self.wfile)
+        head = _Head(reader)
+        try:
+            self.raw_requestline = head.readline()
+        except LineTooLong:
             return
-        if not self.parse_request():
+        self.rfile = cast("Any", head)
+        # It answers by itself if the request is wrong, or longer than a head may be.
+        complete = bool(self.raw_requestline) and self.parse_request()
+        self.rfile = cast("Any", reader)
+        if not complete:
             return
         server.request_read(self.connection)
-        reader, writer = cast("IO[bytes]", self.rfile), cast("IO[bytes]", self.wfile)
         answer = _Answer(reader, writer, sys.stderr, self.get_environ(), multithread=True)
         answer.request_handler = self  # type: ignore[attr-defined]
         answer.run(server.app)
+
+    def version_string(self) -> str:
+        """Not Python's version, in answers to wrong requests."""
+        return "FreeFlow"
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         pass

@@ -153,6 +153,13 @@ class Page {
       at("token").value = "";
       this.stream.start();
     });
+    // A link that is opened in this tab only changes the address after its #.
+    window.addEventListener("hashchange", () => {
+      const token = takeToken();
+      if (token === this.stream.token) return;
+      this.stream.token = token;
+      if (!this.paused) this.stream.start();
+    });
     at("tabs").addEventListener("click", (event) => {
       const tab = event.target.closest("[role=tab]");
       if (tab) this.show(tab.id.replace("tab-", ""));

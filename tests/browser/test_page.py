@@ -268,6 +268,13 @@ def test_token(browser: Browser) -> None:
         browser.run("sessionStorage.clear()")
         opened(browser, f"{url}#token={TOKEN}")
         assert browser.run("return location.href") == url
+        # Opened in a tab that has the page already, the link loads nothing anew.
+        browser.run("sessionStorage.clear()")
+        opened(browser, url, 0)
+        browser.wait("return !document.getElementById('login').hidden")
+        browser.open(f"{url}#token={TOKEN}")
+        browser.wait(UPDATES, 1)
+        assert browser.run("return location.href") == url
         browser.run("sessionStorage.clear()")
         browser.messages()
 

@@ -67,6 +67,22 @@ def test_answers() -> None:
             assert "Server" not in answer.headers
 
 
+def test_a_long_head_is_refused() -> None:
+    """Headers that are longer than a head may be are refused as soon as they are, with all that was
+    read of them, and other clients are served. Shorter ones are taken, in one line or many.
+    """
+    line = b"X: " + b"x" * 1000 + b"\r\n"
+    with serving() as server:
+        begin = b"GET /x HTTP/1.0\r\n"
+        assert everything(connect(server, begin + line * 15 + b"\r\n")).endswith(b"/x")
+        long = connect(server, begin + line * 17)
+        refused = everything(long)
+        assert refused.startswith(b"HTTP/1.0 431 ")
+        assert b"Python" not in refused
+        assert everything(connect(server, b"GET /" + b"x" * bounded_server.HEAD)) == b""
+        assert answered(server)
+
+
 def test_connections_over_the_limit_are_refused() -> None:
     """A client over the limit is told so at once, and served when another one leaves."""
     with serving() as server:
