@@ -110,9 +110,10 @@ vm: setup library ebpf relay plugin ## tests in virtual machines: RDMA, kernels 
 	@$(PYTHON) -m testbed.prepare vm
 	$(PYTHON) -m pytest tests/vm
 
-torture: setup library ## a million races of bells; the torture test for an hour, and for an hour with each sanitizer; 1,000 lost links
+torture: setup library verbs ## a million races of bells; the torture test for an hour, and for an hour with each sanitizer; all of perftest; 1,000 lost links
 	BELL_ROUNDS=$${BELL_ROUNDS:-1000000} $(PYTHON) -m pytest tests/dataplane/test_bells.py
 	TORTURE_SECONDS=$${TORTURE_SECONDS:-3600} $(PYTHON) -m pytest tests/dataplane/test_torture.py -k 'accelerated or library' -o faulthandler_timeout=0
+	HERD_CLIENTS=50 PERFTEST_ALL=1 $(PYTHON) -m pytest tests/verbs/test_herd.py tests/verbs/test_perftest.py
 	RELAY_LOSSES=$${RELAY_LOSSES:-1000} $(PYTHON) -m pytest tests/relay/test_tcp.py -k again --timeout=0 -o faulthandler_timeout=0
 
 lint: setup ## ruff, mypy, shellcheck, clang-format; the width of prose, the subjects of commits
