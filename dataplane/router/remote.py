@@ -34,7 +34,14 @@ from dataplane.router.pairing import Pairing
 from dataplane.router.queue_pairs import FarDatagrams, QueuePairRecord
 from dataplane.router.reasons import Reason
 from dataplane.router.relay_wire import RelayKind
-from dataplane.router.remote_connections import RemoteConnections, Trace, log_invalid, note_left
+from dataplane.router.remote_connections import (
+    RemoteConnections,
+    Trace,
+    log_invalid,
+    note_left,
+    transport_of,
+    why_stalled,
+)
 from dataplane.router.remote_events import Event, On, Transport
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
 from dataplane.router.remote_matches import Match, RemoteUsers
@@ -195,7 +202,11 @@ class Remotes(LentArenas, Generic[SessionsT]):
 
     def transport(self, connection: int) -> Transport:
         """The transport of a connection."""
-        return self.connections.transport(connection)
+        return transport_of(self.connections.get(connection))
+
+    def why_stalled(self, connection: int) -> Reason | None:
+        """Why a connection carries nothing, for now or for good; None: it does."""
+        return why_stalled(self.connections.get(connection), self.links)
 
     def pair(self, request: PairRequest, network: KnownNetwork) -> None:
         """Take a request whose other end is on another host."""

@@ -136,6 +136,20 @@ def note_left(connections: Iterable[RemoteConnection], reason: Reason | None) ->
 Reported = relay_wire.Offered | relay_wire.RelayOutcome | relay_wire.Number
 
 
+def transport_of(connection: RemoteConnection | None) -> Transport:
+    """The transport of a connection; of one that is over, any."""
+    return Transport.RDMA if connection is None else connection.state.transport
+
+
+def why_stalled(connection: RemoteConnection | None, links: Links) -> Reason | None:
+    """Why a connection that was granted carries nothing, for now or for good; None: it does."""
+    if connection is None or connection.state.phase is Phase.DROPPING:
+        return Reason.BROKEN
+    if connection.state.received:
+        return Reason.BROKEN if connection.state.sent else Reason.PEER_CLOSED
+    return None if links.is_up(connection.host.address) else Reason.NO_LINK
+
+
 def event_of(message: Reported) -> Event | None:
     """What it means for a connection that the relay reports something; None: nothing."""
     match message:
@@ -223,10 +237,9 @@ class RemoteConnections:
         of_host = self._of[host.address].connections
         return [of_host[number] for number in numbers if number in of_host]
 
-    def transport(self, number: int) -> Transport:
-        """The transport of the connection of a number."""
-        connection = self._connections.get(number)
-        return Transport.RDMA if connection is None else connection.state.transport
+    def get(self, number: int) -> RemoteConnection | None:
+        """The connection of a number; None: it is over."""
+        return self._connections.get(number)
 
     def are_on_link(self, host: RemoteHost) -> bool:
         """Whether a connection with a host is not about to be dropped."""

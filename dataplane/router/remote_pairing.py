@@ -27,6 +27,9 @@ class RemotePairing(Protocol):
     def transport(self, connection: int) -> Transport:
         """The transport of a connection."""
 
+    def why_stalled(self, connection: int) -> Reason | None:
+        """Why a connection carries nothing, for now or for good; None: it does."""
+
     def pair(self, request: PairRequest, network: KnownNetwork) -> None:
         """Take a request whose other end is on another host.
 
@@ -78,6 +81,9 @@ class NoRemotePairing:
 
     def transport(self, connection: int) -> Transport:
         return Transport.RDMA
+
+    def why_stalled(self, connection: int) -> Reason | None:
+        return Reason.BROKEN
 
     def pair(self, request: PairRequest, network: KnownNetwork) -> None:
         pass

@@ -102,8 +102,11 @@ def _direct(pairing: Pairing, record: QueuePairRecord) -> str:
 
 
 def _why(pairing: Pairing, record: QueuePairRecord) -> tuple[str, str] | None:
-    """Why a queue pair is not connected, as a word and as a sentence; None: it is."""
+    """Why a queue pair has no path, as a word and as a sentence; None: it has one."""
     reason = record.refused
+    if reason is None and record.is_remote and record.place is not None:
+        arena, slot, _ = record.place
+        reason = pairing.remote.why_stalled(arena.slots[slot].connection)
     if reason is None and _waits(record):
         network = pairing.knowledge.networks.get(record.network)
         if record.is_remote and network is not None:

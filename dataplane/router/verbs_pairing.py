@@ -167,7 +167,10 @@ class VerbsPairing:
         if record.place is None:
             return any(map(network.may_use, Transport))
         arena, slot, _ = record.place
-        return network.may_use(self._registry.remote.transport(arena.slots[slot].connection))
+        number, remote = arena.slots[slot].connection, self._registry.remote
+        # Its process has been told that it is over.
+        is_over = remote.why_stalled(number) in (Reason.BROKEN, Reason.PEER_CLOSED)
+        return is_over or network.may_use(remote.transport(number))
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection to the router: its queue pairs end with it."""

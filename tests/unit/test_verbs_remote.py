@@ -595,6 +595,48 @@ def test_path_is_shown(world: World) -> None:
     end(world, one, other, waits)
 
 
+def test_no_path_is_shown(world: World) -> None:
+    """Lists show of an idle queue pair that its link is lost, until there is another one."""
+    one, other = paired(world)
+    path = shown(one.host)[one.qpn]
+    world.cut()
+    world.lose(*world.hosts)
+    world.break_link(*world.hosts)
+    world.loop.run(3600)
+    for each in (one, other):
+        assert not each.broken
+        assert shown(each.host) == {each.qpn: ("", "no-link")}
+    world.cut(mend=True)
+    world.connect_all()
+    world.loop.run(10)
+    assert shown(one.host) == {one.qpn: path}
+    end(world, one, other)
+
+
+@pytest.mark.parametrize("what", ["peer", "relay", "router"])
+def test_lost_path_is_shown(world: World, what: str) -> None:
+    """Lists show of a queue pair that its peer has ended, or that its path is lost for good, though
+    its program doesn't look. A change of the network changes nothing about it.
+    """
+    one, other = paired(world)
+    if what == "peer":
+        one.end()
+    elif what == "relay":
+        world.kill_relay(one.host)
+    else:
+        world.restart_router(one.host)
+    world.loop.run(5)
+    lost = {other.qpn: ("", "peer-closed" if what == "peer" else "broken")}
+    assert shown(other.host) == lost
+    if what != "peer":
+        world.options = {"rdma": False}
+        other.host.pairing.replace_snapshot(Knowledge(other.host.facts()))
+        assert shown(other.host) == lost
+        assert not other.refused
+    world.connect_all()
+    end(world, *([other] if what == "router" else [one, other]))
+
+
 STEPS: Final = st.lists(
     st.tuples(
         st.sampled_from(
