@@ -166,6 +166,8 @@ class EncryptionKeys(msgspec.Struct, frozen=True, kw_only=True):
     """The public keys of this host's WireGuard devices, for peers on encrypted networks."""
 
     keys: tuple[str, str]
+    proofs: tuple[str, str]
+    """Of each key, that it belongs to this node."""
     slot: int
     """The device by which this host sends."""
     port: int
@@ -236,6 +238,7 @@ class PeerKeys(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     node: str
     keys: tuple[str, ...] = ()
+    proofs: tuple[str, ...] = ()
     slot: int = 0
     port: int = 0
 

@@ -4,13 +4,15 @@ The router tells peers this host's public keys in the sessions, and tells us the
 under the node ID of its certificate: its inner addresses are derived from that. Invariants:
 
 - A peer without known keys gets nothing: it is in no flood list, and no device has it.
-- A key belongs to one node. Who announces a key that another node has announced gets nothing.
+- A key belongs to one node, which has proved that it is its own (`key_proof.py`). Who announces a
+  key without a proof gets nothing, and takes nothing from the host that has the key.
 - What is known of a peer holds while it shares an encrypted network, whatever happens to routers,
   sessions and this process: only public keys are stored.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +27,7 @@ from dataplane.control import EncryptionFacts, EncryptionKeys, PeerKeys
 from dataplane.errors import DataplaneError
 from driver.errors import FreeFlowError, StateError
 from driver.inner_addresses import SLOTS, inner_address
+from driver.key_proof import SEED, is_proven, proven_key
 from driver.key_rotation import KeyAge, KeyStep, step
 from driver.model import EncryptedPeer, IPAddress, Network
 from driver.store import Store
@@ -49,6 +52,10 @@ NO_KEY: Final = (
     "or it has no container on an encrypted network"
 )
 NO_SESSION: Final = "its router has no session with this host's, so its keys aren't known"
+UNPROVEN: Final = (
+    "it has not proved that the key which it announces is its own: it is another host's, or "
+    "its FreeFlow is of another version"
+)
 TAKEN: Final = "it announces a key that another host has announced"
 
 
@@ -77,7 +84,7 @@ class EncryptionKernel(Protocol):
 
     def slot(self) -> int: ...
 
-    def renew(self, slot: int) -> None: ...
+    def renew(self, slot: int, private: bytes) -> None: ...
 
     def activate(self, slot: int) -> None: ...
 
@@ -106,6 +113,8 @@ class _Stored(msgspec.Struct, frozen=True):
     node: str = ""
     keys: tuple[str, ...] = ()
     """This host's own, to notice that devices are new."""
+    proofs: tuple[str, ...] = ()
+    """Of the keys, by slot."""
     rotated: float = 0.0
     former: bool = False
     peers: tuple[_StoredPeer, ...] = ()
@@ -156,6 +165,7 @@ class Encryption:
         own: Callable[[], frozenset[IPAddress]],
         period: float = PERIOD,
         changed: Callable[[], None] = lambda: None,
+        seeds: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -165,6 +175,7 @@ class Encryption:
         self._own = own
         self._period = period
         self._changed = changed
+        self._seeds = seeds
         self._clock = clock
         self._lock = threading.Lock()
         self._stored = self._load()
@@ -285,8 +296,9 @@ class Encryption:
         except DataplaneError:
             # What is known holds.
             facts = EncryptionFacts()
-        self._learn(facts, self._sharing(networks), own)
         node = facts.node or self._stored.node
+        own = self._prove(own, node)
+        self._learn(facts, self._sharing(networks), own)
         now = self._clock()
         wanted = (node, own, tuple(self._peers.values()))
         refusal: FreeFlowError | None = None
@@ -318,8 +330,14 @@ class Encryption:
 
     def _publish(self, networks: list[Network], node: str) -> None:
         keys, told = self._kernel.keys(), None
-        if keys is not None and networks:
-            told = EncryptionKeys(keys=keys, slot=self._kernel.slot(), port=self._kernel.port)
+        proofs = self._stored.proofs
+        if keys is not None and networks and self._are_proven(keys, node):
+            told = EncryptionKeys(
+                keys=keys,
+                proofs=(proofs[0], proofs[1]),
+                slot=self._kernel.slot(),
+                port=self._kernel.port,
+            )
         with self._lock:
             changed, self._keys = told != self._keys, told
         if changed:
@@ -366,6 +384,10 @@ class Encryption:
         keys = fact.keys
         if len(keys) != len(SLOTS) or not fact.node or fact.node == own_node:
             return NO_KEY
+        if len(fact.proofs) != len(SLOTS):
+            return UNPROVEN
+        if not all(map(is_proven, keys, (fact.node,) * len(SLOTS), fact.proofs)):
+            return UNPROVEN
         # An address has one node: the one that has the session now.
         for node, peer in list(peers.items()):
             if peer.address == address and node != fact.node:
@@ -403,10 +425,36 @@ class Encryption:
                 stored = msgspec.structs.replace(stored, rotated=now, former=True)
                 log.info("encryption keys rotated", slot=1 - slot)
             case KeyStep.RENEW:
-                self._kernel.renew(1 - slot)
-                keys = self._kernel.keys() or own
-                stored = msgspec.structs.replace(stored, keys=keys, former=False)
+                stored = self._renew(replace_keys(stored, node, own), 1 - slot)
+                stored = msgspec.structs.replace(stored, former=False)
         self._save(stored)
+
+    def _prove(self, own: tuple[str, str], node: str) -> tuple[str, str]:
+        """Replace keys for which there is no proof: of devices that are new, or of a node that
+        this host was before. Returns the keys."""
+        stored = self._stored
+        for slot in SLOTS:
+            if node and not self._is_proven(own, node, slot):
+                stored = self._renew(replace_keys(stored, node, own), slot)
+                self._save(stored)
+                own = self._kernel.keys() or own
+        return own
+
+    def _renew(self, stored: _Stored, slot: int) -> _Stored:
+        """Give a slot a new key, which is this node's."""
+        made = proven_key(stored.node, self._seeds(SEED))
+        self._kernel.renew(slot, made.private)
+        proofs = [*stored.proofs, "", ""][: len(SLOTS)]
+        proofs[slot] = made.proof
+        keys = self._kernel.keys() or stored.keys
+        return msgspec.structs.replace(stored, keys=keys, proofs=tuple(proofs))
+
+    def _is_proven(self, own: tuple[str, str], node: str, slot: int) -> bool:
+        proofs = self._stored.proofs
+        return slot < len(proofs) and is_proven(own[slot], node, proofs[slot])
+
+    def _are_proven(self, own: tuple[str, str], node: str) -> bool:
+        return all(self._is_proven(own, node, slot) for slot in SLOTS)
 
     def _is_ready(self, slot: int, now: float) -> bool:
         """Whether the standby key works with all peers with which the active one does."""

@@ -176,6 +176,7 @@ class InterHost:
             verbs=settings.verbs,
             verbs_cm=settings.verbs,
             wireguard=() if keys is None else keys.keys,
+            wireguard_proofs=() if keys is None else keys.proofs,
             wireguard_slot=0 if keys is None else keys.slot,
             wireguard_port=0 if keys is None else keys.port,
         )

@@ -74,6 +74,7 @@ def encryption_facts(remotes: Remotes[Sessions]) -> control.EncryptionFacts:
                 address=str(host.address),
                 node=host.hello.node,
                 keys=host.hello.wireguard,
+                proofs=host.hello.wireguard_proofs,
                 slot=host.hello.wireguard_slot,
                 port=host.hello.wireguard_port,
             )

@@ -49,6 +49,8 @@ Blob = Annotated[bytes, Meta(max_length=MAX_BLOB)]
 Word = Annotated[str, Meta(pattern=r"^[a-z]{0,16}\Z")]
 PublicKey = Annotated[str, Meta(pattern=r"^[0-9A-Za-z+/]{42}[AEIMQUYcgkosw048]=\Z")]
 """A key of WireGuard: 32 bytes in base64."""
+KeyProof = Annotated[str, Meta(pattern=r"^[0-9A-Za-z+/]{128}\Z")]
+"""A key of Ed25519 and a signature, 96 bytes in base64."""
 Text = Annotated[str, Meta(pattern=r"^[ -~]{0,200}\Z")]
 """Text that goes into logs and tables."""
 
@@ -81,6 +83,8 @@ class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
     """Whether it also connects processes by rdma_cm, and gives them slots for datagrams."""
     wireguard: Annotated[tuple[PublicKey, ...], Meta(max_length=2)] = ()
     """The public keys of its two WireGuard devices; none, if it has no encrypted network."""
+    wireguard_proofs: Annotated[tuple[KeyProof, ...], Meta(max_length=2)] = ()
+    """That the keys belong to the node: `driver/key_proof.py` makes and checks them."""
     wireguard_slot: Annotated[int, Meta(ge=0, le=1)] = 0
     """The device by which it sends."""
     wireguard_port: Annotated[int, Meta(ge=0, lt=(1 << 16) - 1)] = 0

@@ -149,7 +149,8 @@ class EncryptionNamespace:
         devices = self._open_devices()
         state = devices.state(name)
         if not state.key:
-            self._new_key(devices, slot)
+            # Peers never see it: the first one that they are told comes by renew().
+            self._set_key(devices, slot, self._secret(_KEY))
         if state.port != self.port + slot:
             self._set_port(devices, slot)
         self._set_up(links, name, mtu)
@@ -186,10 +187,9 @@ class EncryptionNamespace:
                         self._set_port(self._open_devices(), int(name[-1]))
                     raise
 
-    def _new_key(self, devices: WireGuardDevices, slot: int) -> None:
+    def _set_key(self, devices: WireGuardDevices, slot: int, private: bytes) -> None:
         self._own.pop(slot, None)
-        devices.set_key(names.wireguard(slot), self._secret(_KEY))
-        log.info("encryption key made", slot=slot)
+        devices.set_key(names.wireguard(slot), private)
 
     # --- keys
 
@@ -211,11 +211,12 @@ class EncryptionNamespace:
             known = self._own[slot] = (index, self._state(slot).key)
         return known[1]
 
-    def renew(self, slot: int) -> None:
+    def renew(self, slot: int, private: bytes) -> None:
         """Give a slot a new key."""
         with self._lock:
             self.make()
-            self._new_key(self._open_devices(), slot)
+            self._set_key(self._open_devices(), slot, private)
+            log.info("encryption key made", slot=slot)
 
     def slot(self) -> int:
         """The slot by which this host sends."""

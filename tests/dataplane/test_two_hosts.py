@@ -44,6 +44,7 @@ STALLED: Final = HERE / "programs/stalled.py"
 RELAY: Final = TOP / "build/freeflow-relay-memory"
 VIP: Final = "10.78.0.100"
 PORT: Final = 7100
+PROOFS: Final = ("A" * 128, "B" * 128)
 PAUSE: Final = 5.0
 """Seconds after which a connection that has fallen back sends a request again, at least: see
 `backoff.h` of the library.
@@ -602,13 +603,16 @@ def _has_numbers(frame: bytes) -> bool:
 def _secret(host: HostBed, keys: tuple[str, ...], **changes: Any) -> RouterSnapshot:
     facts = host.facts()
     networks = tuple(replace(one, encrypted=True, **changes) for one in facts.networks)
-    told = EncryptionKeys(keys=(keys[0], keys[1]), slot=1, port=4797) if keys else None
+    told = None
+    if keys:
+        told = EncryptionKeys(keys=(keys[0], keys[1]), proofs=PROOFS, slot=1, port=4797)
     return replace(facts, networks=networks, encryption=told)
 
 
 def _knows(host: HostBed, address: str, keys: tuple[str, ...]) -> bool:
     found = host.router.encryption()
-    return [(peer.address, peer.keys, peer.slot) for peer in found.peers] == [(address, keys, 1)]
+    told = [(peer.address, peer.keys, peer.proofs, peer.slot) for peer in found.peers]
+    return told == [(address, keys, PROOFS, 1)]
 
 
 @contextlib.contextmanager

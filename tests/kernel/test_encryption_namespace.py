@@ -280,7 +280,7 @@ def test_a_restarted_plugin_finds_everything(scene: Secret) -> None:
 def test_renewed_key(scene: Secret) -> None:
     """A new key of a slot leaves the other slot's as it is."""
     before = scene.host.do(scene.encryption.keys)
-    scene.host.do(lambda: scene.encryption.renew(1))
+    scene.host.do(lambda: scene.encryption.renew(1, bytes(range(32))))
     after = scene.host.do(scene.encryption.keys)
     assert before is not None
     assert after is not None

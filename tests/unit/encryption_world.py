@@ -5,16 +5,22 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Network
 from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from dataplane.control import EncryptionFacts, PeerKeys
 from dataplane.errors import RouterAway
 from driver.encryption import Encryption
 from driver.errors import KernelError
 from driver.inner_addresses import SLOTS, inner_address
+from driver.key_proof import ProvenKey
 from driver.model import EncryptedPeer, Endpoint, IPAddress, Network, NetworkView, Peer
 from driver.store import Store
 from driver.vip_table import NetworkState
@@ -26,6 +32,22 @@ PERIOD = 3600.0
 def key_text(number: int) -> str:
     """A key as WireGuard writes it."""
     return f"{number:042d}A="
+
+
+def seed(number: int) -> bytes:
+    """Bytes in place of random ones."""
+    return hashlib.sha256(str(number).encode()).digest()
+
+
+def announced(node: str, address: str, pairs: tuple[ProvenKey, ...]) -> PeerKeys:
+    """What a host announces of these keys."""
+    return PeerKeys(
+        address=address,
+        node=node,
+        keys=tuple(pair.public for pair in pairs),
+        proofs=tuple(pair.proof for pair in pairs),
+        port=4797,
+    )
 
 
 def a_network(network_id: str = NET, *, encrypted: bool = True) -> Network:
@@ -73,8 +95,10 @@ class FakeEncryptionKernel:
     def slot(self) -> int:
         return self.active
 
-    def renew(self, slot: int) -> None:
-        self.own[slot] = key_text(next(self.keys_made))
+    def renew(self, slot: int, private: bytes) -> None:
+        pair = X25519PrivateKey.from_private_bytes(private)
+        raw = pair.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+        self.own[slot] = base64.b64encode(raw).decode()
 
     def activate(self, slot: int) -> None:
         if not self.knows_node:
@@ -126,6 +150,8 @@ class EncryptedHost:
     router_up: bool = True
     listed: set[int] | None = field(default_factory=set)
     """The other hosts on the network; None: the engine has not answered."""
+    name: str = ""
+    """Its node ID, if it isn't derived from its number."""
     says: PeerKeys | None = None
     """What it announces in place of its keys: a hostile host, or one of an earlier version."""
 
@@ -134,7 +160,7 @@ class EncryptedHost:
 
     @property
     def node(self) -> str:
-        return f"node{self.number}"
+        return self.name or f"node{self.number}"
 
     @property
     def address(self) -> IPAddress:
@@ -149,6 +175,7 @@ class EncryptedHost:
             own=lambda: frozenset({self.address}),
             period=PERIOD,
             clock=lambda: self.world.now,
+            seeds=lambda _: seed(next(self.kernel.keys_made)),
         )
 
     def restart(self) -> None:
@@ -176,7 +203,12 @@ class EncryptedHost:
         if told is None:
             return bare
         return PeerKeys(
-            address=bare.address, node=bare.node, keys=told.keys, slot=told.slot, port=told.port
+            address=bare.address,
+            node=bare.node,
+            keys=told.keys,
+            proofs=told.proofs,
+            slot=told.slot,
+            port=told.port,
         )
 
     def start_container(self) -> None:

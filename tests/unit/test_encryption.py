@@ -8,11 +8,13 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from dataplane.control import PeerKeys
-from driver.encryption import FACT, NO_KEY, NO_SESSION, TAKEN
+from driver.encryption import FACT, NO_KEY, NO_SESSION, TAKEN, UNPROVEN
 from driver.inner_addresses import PREFIX, inner_address, other_slot
-from tests.unit.encryption_world import PERIOD, World, a_network, key_text
+from driver.key_proof import proven_key
+from tests.unit.encryption_world import PERIOD, World, a_network, announced, seed
 
 
 @pytest.fixture
@@ -67,9 +69,7 @@ def test_earlier_version_gets_nothing(world: World) -> None:
 def test_a_key_of_another_host_is_refused(world: World) -> None:
     """Who announces another host's keys gets nothing, and the other host keeps what it has."""
     first, victim, liar = world.hosts[1], world.hosts[2], world.hosts[3]
-    keys = victim.kernel.keys()
-    assert keys is not None
-    liar.says = PeerKeys(address=str(liar.address), node=liar.node, keys=keys, port=4797)
+    liar.says = replace(victim.encryption_facts(), address=str(liar.address), node=liar.node)
     first.store.put_fact(FACT, "{}")
     first.restart()
     world.settle()
@@ -77,17 +77,80 @@ def test_a_key_of_another_host_is_refused(world: World) -> None:
     assert not world.delivers(first, liar)
     state = first.encryption.state()
     assert state is not None
+    assert {peer.address: peer.reason for peer in state.peers}[liar.address] == UNPROVEN
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_each_key_needs_a_proof(tmp_path: Path, count: int) -> None:
+    """Keys without a proof, as an unfinished version announces them, get nothing."""
+    world = World(tmp_path, 2)
+    other = world.hosts[2]
+    pairs = tuple(proven_key(other.node, seed(number)) for number in (901, 902))
+    whole = announced(other.node, str(other.address), pairs)
+    other.says = replace(whole, proofs=whole.proofs[:count])
+    world.settle()
+    assert {peer.node for peer in world.hosts[1].kernel.peers} == set()
+    other.says = whole
+    world.settle()
+    assert {peer.node for peer in world.hosts[1].kernel.peers} == {other.node}
+
+
+def test_a_host_cannot_take_a_new_key_of_another(world: World) -> None:
+    """A member of the Swarm that announces another's new standby key before that one itself does
+    not cut it off: only the proof's own node gets the key.
+    """
+    first, victim, liar = world.hosts[1], world.hosts[2], world.hosts[3]
+    known = victim.kernel.keys()
+    own = liar.encryption_facts()
+    assert known is not None
+    world.now += PERIOD
+    first.sessions.discard(victim.number)
+    for _ in range(200):
+        victim.step()
+        # It hears of the victim's new key, and tells it on; the victim's own session is slow.
+        told = victim.encryption_facts()
+        for key, proof in zip(told.keys, told.proofs, strict=True):
+            if key not in known:
+                keys, proofs = (own.keys[0], key), (own.proofs[0], proof)
+                liar.says = replace(own, keys=keys, proofs=proofs)
+        first.sessions.discard(victim.number)
+        first.step()
+        first.sessions.add(victim.number)
+        world.step(10)
+    assert liar.says is not None
+    world.settle()
+    assert world.delivers(first, victim)
+    assert world.delivers(victim, first)
+    (shown,) = [peer for peer in first.kernel.peers if peer.node == victim.node]
+    assert shown.keys == victim.kernel.keys()
+
+
+def test_two_nodes_cannot_share_a_key(world: World) -> None:
+    """If the owner of a key proves it for another node too, only the first one gets it: the kernel
+    knows one address for each key.
+    """
+    first, other, liar = world.hosts[1], world.hosts[2], world.hosts[3]
+    pairs = tuple(proven_key(other.node, seed(number)) for number in (901, 902))
+    copies = tuple(proven_key(liar.node, seed(number)) for number in (901, 902))
+    other.says = announced(other.node, str(other.address), pairs)
+    world.settle()
+    liar.says = announced(liar.node, str(liar.address), copies)
+    first.store.put_fact(FACT, "{}")
+    first.restart()
+    world.settle()
+    assert {peer.node for peer in first.kernel.peers} == {other.node}
+    state = first.encryption.state()
+    assert state is not None
     assert {peer.address: peer.reason for peer in state.peers}[liar.address] == TAKEN
 
 
 def test_another_node_at_an_address(world: World) -> None:
     """A host that joined anew, or whose router has another identity after a restart, replaces the
-    node that had its address, though its keys are the same.
+    node that had its address.
     """
     host, other = world.hosts[1], world.hosts[2]
-    keys = other.kernel.keys()
-    assert keys is not None
-    other.says = PeerKeys(address=str(other.address), node="reborn", keys=keys, port=4797)
+    pairs = tuple(proven_key("reborn", seed(number)) for number in (901, 902))
+    other.says = announced("reborn", str(other.address), pairs)
     world.settle()
     assert {peer.node for peer in host.kernel.peers} == {"reborn", "node3"}
     assert inner_address("reborn", 0) in host.encryption.reach(
@@ -95,12 +158,25 @@ def test_another_node_at_an_address(world: World) -> None:
     )
 
 
+def test_a_node_with_another_identity_has_new_keys(world: World) -> None:
+    """Proofs hold for one node, so a host that joins anew makes keys anew, and is reached."""
+    host = world.hosts[1]
+    before = host.kernel.keys()
+    host.name = "joined"
+    world.settle()
+    after = host.kernel.keys()
+    assert before is not None
+    assert after is not None
+    assert set(before).isdisjoint(after)
+    assert world.all_deliver()
+
+
 def test_own_key_is_refused(world: World) -> None:
     """A peer that announces this host's own key gets nothing new."""
     first, liar = world.hosts[1], world.hosts[3]
     keys = first.kernel.keys()
     assert keys is not None
-    liar.says = PeerKeys(address=str(liar.address), node=liar.node, keys=keys, port=4797)
+    liar.says = replace(first.encryption_facts(), address=str(liar.address), node=liar.node)
     world.settle()
     assert all(set(peer.keys).isdisjoint(keys) for peer in first.kernel.peers)
 
@@ -108,8 +184,8 @@ def test_own_key_is_refused(world: World) -> None:
 def test_one_key_twice_is_refused(tmp_path: Path) -> None:
     """Both slots with one key would take each other's address."""
     world = World(tmp_path, 2)
-    one = key_text(77)
-    world.hosts[2].says = PeerKeys(address="192.0.2.2", node="node2", keys=(one, one), port=4797)
+    one = proven_key("node2", seed(77))
+    world.hosts[2].says = announced("node2", "192.0.2.2", (one, one))
     world.settle()
     assert world.hosts[1].kernel.peers == ()
 

@@ -19,7 +19,7 @@ BEHIND = {
     "prometheus_client": {"plugin.metrics"},
     "pyverbs": {"dataplane.router.devices"},
     "yaml": {"plugin.cli.stack_file"},
-    "cryptography": {"dataplane.router.shared_key"},
+    "cryptography": {"dataplane.router.shared_key", "driver.key_proof"},
 }
 """Third-party libraries, and the only modules that may import them."""
 

@@ -17,6 +17,7 @@ from dataplane.router.library_wire import Address
 INSTANCE: Final = "0123456789abcdef" * 2
 KEY: Final = "A" * 43 + "="
 """A public key of WireGuard."""
+PROOF: Final = "A" * 127 + "/"
 EXAMPLES: Final[list[pw.Message]] = [
     pw.PeerHello(
         instance=INSTANCE,
@@ -28,6 +29,7 @@ EXAMPLES: Final[list[pw.Message]] = [
         relay_ring=1 << 20,
         relay_encryption="messages",
         wireguard=(KEY, KEY[::-1][1:] + "="),
+        wireguard_proofs=(PROOF, PROOF[::-1]),
         wireguard_slot=1,
         wireguard_port=4797,
     ),
@@ -96,14 +98,16 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
             verbs=True,
             verbs_cm=True,
             wireguard=(KEY,),
+            wireguard_proofs=("A" * 128,),
             wireguard_slot=1,
             wireguard_port=4797,
         ),
-        b"\xde\x00\x11\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
+        b"\xde\x00\x12\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
         b"\xa4node\xa2n1\xa9data_path\xa9192.0.2.1\xa4rdma\xc3\xa4ring\xce\x00\x01\x00\x00"
         b"\xa5build\xa1b\xa5relay\xc3\xaarelay_ring\xce\x00\x01\x00\x00"
         b"\xb0relay_encryption\xa3all\xaetunnel_offload\xc2\xa5verbs\xc3"
         b"\xa8verbs_cm\xc3\xa9wireguard\x91\xd9,AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+        b"\xb0wireguard_proofs\x91\xd9\x80" + b"A" * 128 + b""
         b"\xaewireguard_slot\x01\xaewireguard_port\xcd\x12\xbd",
     ),
     (
@@ -316,6 +320,9 @@ def test_limits(content: dict[str, object]) -> None:
         ("wireguard", ["A" * 44]),
         ("wireguard", [KEY + "\n"]),
         ("wireguard", ["A" * 42 + "B="]),
+        ("wireguard_proofs", [PROOF, PROOF, PROOF]),
+        ("wireguard_proofs", ["A" * 127]),
+        ("wireguard_proofs", ["A" * 127 + "="]),
         ("wireguard_slot", 2),
         ("wireguard_slot", -1),
         ("wireguard_port", 65535),
