@@ -357,11 +357,12 @@ class Datagrams:
         their parent's.
         """
         if end.process == process_id:
-            self._release(end)
+            # Before it was told to, so it has as many slots as it may have, or no room for another.
+            self._release(end, Reason.LIMIT)
 
-    def _release(self, end: DatagramEnd) -> None:
+    def _release(self, end: DatagramEnd, reason: Reason = Reason.PEER_CLOSED) -> None:
         if end.slot is not None:
-            self._end(end.slot, Reason.PEER_CLOSED, end)
+            self._end(end.slot, reason, end)
         assert end.place is not None
         (arena, place, side), end.place = end.place, None
         of_process = self.of_process[end.process]
@@ -375,7 +376,7 @@ class Datagrams:
         """A slot is not used any more. Each process releases its end when it has been told."""
         del self.slots[_name(slot.network, *slot.ends)]
         self._count(slot, -1)
-        if reason is not Reason.PEER_CLOSED:
+        if knows is None and reason is not Reason.PEER_CLOSED:
             assert slot.ends[0].place is not None
             arena, place, _ = slot.ends[0].place
             self._memory.sever(arena.memory, place)

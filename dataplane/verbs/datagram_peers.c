@@ -307,13 +307,19 @@ struct datagram_peer *peer_before(const struct datagram_slot *slot)
         return found;
 }
 
-void peer_end(struct datagram_peer *peer)
+void peer_end(struct datagram_peer *peer, bool returned)
 {
+        uint64_t now = monotonic();
+
         mutex_take(&table);
         mutex_take(&peer->sending);
         atomic_store_explicit(&peer->in, NULL, memory_order_relaxed);
         atomic_store_explicit(&peer->out, NULL, memory_order_relaxed);
-        set_state(peer, PEER_FREE);
+        peer->request = 0;
+        peer->refused = false;
+        peer->since = now;
+        peer->again = now + (uint64_t)NOBODY * MILLISECOND;
+        set_state(peer, returned ? PEER_NOBODY : PEER_FREE);
         mutex_release(&peer->sending);
         mutex_release(&table);
 }

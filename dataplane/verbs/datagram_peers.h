@@ -5,12 +5,14 @@
  * its own, which nobody else knows.
  *
  *      FREE --a datagram--> ASKED --peer_up()--> UP --peer_end()--> FREE
- *                             |  ^
- *                             v  | refused, or no answer
- *                            NOBODY, for a while
+ *                             |  ^                |
+ *                             v  |                | returned
+ *             refused, or   NOBODY, for a while <-+
+ *             no answer
  *
  * The rings of a slot between hosts show when it has ended. It is not used any more then, and the
- * next datagram asks for another one.
+ * next datagram asks for another one. A process that has too many slots returns those that it has
+ * not asked for. What is sent to it is lost then, and it is asked again after a while.
  *
  * No datagram waits for long. It waits for a moment while its peer is asked for, and while the
  * peer's ring is full. After that datagrams are lost until the peer is there, or takes some.
@@ -139,6 +141,15 @@ static inline bool peer_is_over(const struct datagram_peer *peer)
                 atomic_load_explicit(&in->over, memory_order_acquire));
 }
 
+/* Has the process on the other host not taken the slot? */
+static inline bool peer_is_unused(const struct datagram_peer *peer)
+{
+        const struct ring *out = atomic_load_explicit(&peer->out, memory_order_acquire);
+
+        return out && atomic_load_explicit(&peer->relayed, memory_order_relaxed) &&
+               !atomic_load_explicit(&out->ready, memory_order_acquire);
+}
+
 /* Send to whoever has the queue pair; asks for it if nobody is known. */
 enum datagram_outcome peers_send(const struct datagram *datagram);
 /* Send to this process. */
@@ -161,8 +172,8 @@ void peer_refused(uint32_t request, bool later);
 struct datagram_peer *peer_with(uint32_t number, uint32_t epoch);
 /* Another one that is for the same queue pairs, from a router before; NULL: there is none. */
 struct datagram_peer *peer_before(const struct datagram_slot *slot);
-/* Under `receiving`: its rings are used no more. */
-void peer_end(struct datagram_peer *peer);
+/* Under `receiving`: its rings are used no more. `returned`: nor has the other side used them. */
+void peer_end(struct datagram_peer *peer, bool returned);
 /* In a child of fork(): there are none. */
 void peers_forget(void);
 

@@ -54,14 +54,19 @@ static void ring(struct datagram_peer *peer, struct waiters *waiters)
                 services_wake(here, waiters, &peer->place);
 }
 
-static void end(struct datagram_peer *peer, uint32_t number)
+static void leave(struct datagram_peer *peer, uint32_t number, bool returned)
 {
         struct place place;
 
-        if (!client_services() || !datagrams_end(peer, number, &place))
+        if (!client_services() || !datagrams_end(peer, number, returned, &place))
                 return;
         agent_leave(&place);
         client_release(&place);
+}
+
+static void end(struct datagram_peer *peer, uint32_t number)
+{
+        leave(peer, number, false);
 }
 
 /* May it be otherwise in a moment? */
@@ -154,7 +159,7 @@ bool datagram_slots_handle(const struct freeflow_services *here, struct verbs_me
                 group_answered(refuse->request);
         }
         if (refuse->kind == V_GRANT && (peer = peer_with(refuse->number, message->epoch)))
-                end(peer, refuse->number);
+                leave(peer, refuse->number, refuse->reason == REASON_LIMIT);
         return refuse->kind == V_DATAGRAM_PEER || refuse->kind == V_GRANT || refuse->kind == V_GROUP;
 }
 

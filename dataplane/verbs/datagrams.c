@@ -343,7 +343,7 @@ bool datagrams_are_held(void)
         return atomic_load_explicit(&held, memory_order_relaxed);
 }
 
-bool datagrams_end(struct datagram_peer *peer, uint32_t number, struct place *place)
+bool datagrams_end(struct datagram_peer *peer, uint32_t number, bool returned, struct place *place)
 {
         bool ends;
 
@@ -355,7 +355,7 @@ bool datagrams_end(struct datagram_peer *peer, uint32_t number, struct place *pl
                      i++)
                         ;
                 *place = peer->place;
-                peer_end(peer);
+                peer_end(peer, returned || peer_is_unused(peer));
         }
         mutex_release(&peer->receiving);
         return ends;

@@ -111,8 +111,8 @@ def test_who_may_ask(world: VerbsWorld) -> None:
 
 
 def test_a_slot_that_is_released(world: VerbsWorld) -> None:
-    """If a process releases its end the other one is told, and the next datagram gets a new slot
-    while the old one is still there.
+    """If a process returns its end the other one is told that it has too many, and not that it has
+    ended. The next datagram gets a new slot while the old one is still there.
     """
     one, other = UdModel.open(world, 1), UdModel.open(world, 2)
     one.ask(5, B, other.qpn)
@@ -120,7 +120,7 @@ def test_a_slot_that_is_released(world: VerbsWorld) -> None:
     one.give_back(grant)
     one.give_back(grant)
     assert one.read() == []
-    assert other.read() == [over(grant.number)]
+    assert other.read() == [over(grant.number, Reason.LIMIT)]
     one.ask(6, B, other.qpn)
     assert one.grant().number != grant.number
     assert other.grant().request == 0
@@ -260,7 +260,7 @@ def test_a_slot_of_a_group_that_ends(world: VerbsWorld) -> None:
     assert isinstance(grant, VerbsGrant)
     assert told == led(grant)
     other.give_back(other.grant())
-    assert one.read() == [over(grant.number)]
+    assert one.read() == [over(grant.number, Reason.LIMIT)]
     world.now += 2
     world.pairing.sweep(100)
     again, told = one.read()

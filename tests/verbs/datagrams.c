@@ -62,7 +62,7 @@ static void end_peer(struct datagram_peer *peer, uint32_t number)
 {
         struct place place;
 
-        CHECK(datagrams_end(peer, number, &place));
+        CHECK(datagrams_end(peer, number, false, &place));
 }
 
 static const struct datagram_router router = {
@@ -109,8 +109,8 @@ static void go_down(uint32_t number)
         struct datagram_peer *peer = peer_with(number, epoch);
         struct place place;
 
-        CHECK(peer && datagrams_end(peer, number, &place) && !peer_with(number, epoch));
-        CHECK(!datagrams_end(peer, number, &place));
+        CHECK(peer && datagrams_end(peer, number, false, &place) && !peer_with(number, epoch));
+        CHECK(!datagrams_end(peer, number, false, &place));
         free_rings(&rings);
 }
 
@@ -493,6 +493,37 @@ static void check_unasked(void)
         go_down(SLOT);
 }
 
+/* The other side returns a slot: what is sent is lost for a second, and then it is asked again. */
+static void check_returned(bool remote)
+{
+        const uint64_t second = 1000000000;
+        struct datagram_peer *peer = come_up_at(SLOT, remote);
+        uint32_t count = sought.count;
+        uint64_t from = monotonic();
+        struct place place;
+
+        if (remote) {
+                atomic_store(&rings.views[0].ring->ready, 0);
+                atomic_store(&rings.views[1].ring->over, 1);
+                datagrams_check();
+        } else {
+                CHECK(datagrams_end(peer, SLOT, true, &place));
+        }
+        CHECK(!peer_with(SLOT, epoch));
+        free_rings(&rings);
+        while (sought.count == count) {
+                CHECK(send_with(qps[0], peer_ah, PEER_FIRST + 3, KEY, piece(0, 10)) == 0);
+                expect(IBV_WC_SEND, IBV_WC_SUCCESS);
+                usleep(10000);
+        }
+        CHECK(monotonic() - from >= second && sought.count == count + 1 && sought.wanted == PEER_FIRST + 3);
+        come_up(SLOT);
+        CHECK(send_with(qps[0], peer_ah, PEER_FIRST + 3, KEY, piece(0, 10)) == 0);
+        expect(IBV_WC_SEND, IBV_WC_SUCCESS);
+        expect_record(qps[0]->qp_num, PEER_FIRST + 3, 10);
+        go_down(SLOT);
+}
+
 /* More peers than a poll looks at: all are heard, those that say something again as well. */
 static void check_crowd(void)
 {
@@ -526,7 +557,7 @@ static void check_crowd(void)
                 struct place place;
 
                 CHECK(wait_has_begun(&made[i].views[1].ring->receivers, OWN_BELL));
-                CHECK(peer && datagrams_end(peer, SLOT + i, &place));
+                CHECK(peer && datagrams_end(peer, SLOT + i, false, &place));
                 free_rings(&made[i]);
         }
 }
@@ -636,7 +667,7 @@ static void check_router(void)
         struct datagram_slot slot = {.from = here, .to = there, .first = PEER_FIRST};
         struct datagram_peer *peer = peer_before(&slot);
         struct place place;
-        CHECK(peer && datagrams_end(peer, SLOT, &place));
+        CHECK(peer && datagrams_end(peer, SLOT, false, &place));
         free_rings(&before);
         come_up(SLOT);
         CHECK(send_with(qps[0], peer_ah, PEER_FIRST, KEY, piece(0, 7)) == 0);
@@ -774,6 +805,8 @@ int main(int count, char **arguments)
                 check_shared();
                 check_seeking();
                 check_unasked();
+                check_returned(false);
+                check_returned(true);
                 check_arrivals();
                 check_flood();
                 check_room();
