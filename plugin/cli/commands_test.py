@@ -12,6 +12,8 @@ from plugin.cli.client import Client
 from plugin.cli.command_parts import explained, image_option, registry_option
 from plugin.cli.terminal import json_text, say, say_json, shown_all
 from plugin.cli.user_files import users_root
+from plugin.network_test.interruption import Interruption
+from plugin.network_test.plan import TestPlan
 
 
 @click.command(name="test")
@@ -60,23 +62,34 @@ def network_test(
     freeflow test --quick --image python:3-slim
     freeflow test --junit report.xml --network mynet
     """
+    if (quick and perf) or (image and registry):
+        raise click.UsageError("Give --quick or --perf, and --image or --registry.")
+    with Interruption():
+        code = _run(
+            client,
+            TestPlan(image, registry, network, quick, perf, seconds),
+            json_file,
+            junit_file,
+            prepare=prepare,
+        )
+    sys.exit(code)
+
+
+def _run(client: Client, plan: TestPlan, json_file: str, junit_file: str, *, prepare: bool) -> int:
+    """Do what the options say; the exit code. Raises FreeFlowError."""
     from plugin.network_test.coordinator import Coordinator
     from plugin.network_test.junit import junit_text
-    from plugin.network_test.plan import TestPlan
     from plugin.network_test.probe_image import IMAGE, make_image
     from plugin.network_test.report_text import show_report
 
-    if (quick and perf) or (image and registry):
-        raise click.UsageError("Give --quick or --perf, and --image or --registry.")
     if prepare:
         make_image(client.engine)
         say(f"this host has the image {IMAGE}")
-        return
+        return 0
     files = [file for file in (json_file, junit_file) if file and file != "-"]
     for file in files:
         # Not after minutes.
         _write(file, "")
-    plan = TestPlan(image, registry, network, quick, perf, seconds)
     report = Coordinator(client, plan, lambda line: say(line, err=True)).run()
     if json_file == "-":
         say_json(report)
@@ -86,7 +99,7 @@ def network_test(
             _write(json_file, json_text(report) + "\n")
     if junit_file:
         _write(junit_file, junit_text(report))
-    sys.exit(report.code)
+    return report.code
 
 
 def _write(file: str, text: str) -> None:

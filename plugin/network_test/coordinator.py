@@ -6,7 +6,6 @@ Removal happens whatever happened before: an error, Ctrl-C, an engine that ended
 from __future__ import annotations
 
 import fcntl
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from plugin.network_test.checks_pairs import (
 from plugin.network_test.checks_paths import check_between, check_shm
 from plugin.network_test.checks_verbs import check_verbs
 from plugin.network_test.gateway import Gateway
+from plugin.network_test.interruption import REASON, REMEDY, Interruption
 from plugin.network_test.outcomes import NetworkReport
 from plugin.network_test.placement import (
     ProbedHost,
@@ -60,33 +60,6 @@ def only_one(folder: Path, command: str = "test") -> Iterator[None]:
                 f"another freeflow {command} runs on this host", remedy="wait until it has ended"
             ) from None
         yield
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a run as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-@contextmanager
-def undisturbed(say: Callable[[], None]) -> Iterator[None]:
-    """Signals are only answered by `say`."""
-    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {each: signal.signal(each, lambda *_: say()) for each in every}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def manager_info(engine: Engine) -> dict[str, Any]:
@@ -127,13 +100,13 @@ class Coordinator:
         self._network: TestedNetwork | None = None
         self._gateway: Gateway | None = None
         self._ingress = False
+        self._interruption = Interruption()
 
     def run(self) -> NetworkReport:
         """Raises FreeFlowError before anything was made."""
         started, begin = datetime.now(UTC), time.monotonic()
         error = remedy = ""
-        left: list[str] = []
-        with only_one(host_run()), interruptible():
+        with only_one(host_run()), Interruption() as self._interruption:
             info = manager_info(self._engine)
             driver = "" if self._plan.network else find_driver(self._engine)
             node = str(info["Swarm"]["NodeID"])
@@ -141,13 +114,18 @@ class Coordinator:
             for older in placement.remove_older():
                 self._ledger.note(f"removed what the test {older} had left")
             try:
-                self._test(placement, node, str(info["Swarm"].get("NodeAddr", "")), driver)
+                try:
+                    self._test(placement, node, str(info["Swarm"].get("NodeAddr", "")), driver)
+                finally:
+                    self._interruption.hold(self._still_removing)
             except FreeFlowError as caught:
                 error, remedy = caught.reason, caught.remedy
             except KeyboardInterrupt:
-                error, remedy = "it was interrupted", "run it again"
+                self._interruption.hold(self._still_removing)
             finally:
                 left = self._remove(placement)
+            if self._interruption.came:
+                error, remedy = REASON, REMEDY
         return NetworkReport(
             version=VERSION,
             started=started.isoformat(timespec="seconds"),
@@ -256,11 +234,13 @@ class Coordinator:
             if self._plan.has(check):
                 self._ledger.note(f"{check.value}: {names(scene.hosts)}")
                 step(scene)
+            self._interruption.check()
 
     def _remove(self, placement: ProbePlacement) -> list[str]:
-        note = self._ledger.note
-        note("removing the probes")
-        with undisturbed(lambda: note("still removing the probes; the next run would do it")):
-            if self._gateway is not None:
-                self._gateway.close()
-            return placement.remove()
+        self._ledger.note("removing the probes")
+        if self._gateway is not None:
+            self._gateway.close()
+        return placement.remove()
+
+    def _still_removing(self) -> None:
+        self._ledger.note("still removing the probes; the next run would do it")

@@ -135,41 +135,43 @@ def test_a_closed_port_is_named(prepared: Bed, manager: Host) -> None:
 
 
 def test_an_interrupted_run_leaves_nothing(prepared: Bed, manager: Host) -> None:
-    """Ctrl-C ends a run with exit code 2 and removes everything. What a killed run has left, the
-    next run removes.
+    """Ctrl-C ends a run with exit code 2 and removes everything, also where a shell has started it
+    in the background, that is, with SIGINT ignored. What a killed run has left, the next run
+    removes.
     """
 
-    def begun() -> subprocess.Popen[str]:
+    def begun() -> tuple[subprocess.Popen[str], str]:
+        """A run that waits for its probes, which takes some seconds, and what it has said."""
         process = manager.spawn(
-            *("sh", "-c", f"echo $$ > /tmp/test.pid; exec {COMMAND} test --json -"),
+            *("sh", "-c", f"trap '' INT; echo $$ > /tmp/test.pid; exec {COMMAND} test --json -"),
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
-        wait_until(
-            "the test's services",
-            lambda: manager.docker("service", "ls", "-q", "--filter", LABEL),
-        )
-        return process
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "waiting for probes" in line:
+                break
+        return process, said
 
     def send(number: signal.Signals) -> None:
         manager.run("sh", "-c", f"kill -{int(number)} $(cat /tmp/test.pid)")
 
-    process = begun()
+    def services() -> set[str]:
+        return set(manager.docker("service", "ls", "-q", "--filter", LABEL).split())
+
+    process, _ = begun()
     send(signal.SIGKILL)
     process.communicate(timeout=patience(30))
-    old = manager.docker("service", "ls", "-q", "--filter", LABEL).split()
+    old = services()
     assert old
-    process = begun()
-    wait_until(
-        "the killed run's services to be removed",
-        lambda: (
-            not set(old) & set(manager.docker("service", "ls", "-q", "--filter", LABEL).split())
-        ),
-    )
-    wait_until("the next run", lambda: manager.docker("service", "ls", "-q", "--filter", LABEL))
+    process, said = begun()
+    assert "had left" in said
+    assert not old & services()
     send(signal.SIGINT)
-    out, _ = process.communicate(timeout=patience(120))
-    assert process.returncode == 2
+    out, progress = process.communicate(timeout=patience(120))
+    assert process.returncode == 2, progress
     report = json.loads(out)
     assert (report["error"], report["left"]) == ("it was interrupted", [])
     nothing_left(prepared)

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from driver.errors import FreeFlowError
 from plugin.network_test import checks_names, checks_pairs, checks_paths, coordinator, placement
 from plugin.network_test.coordinator import Coordinator, only_one
+from plugin.network_test.interruption import Interrupted
 from plugin.network_test.outcomes import NetworkReport
 from plugin.network_test.placement import LABEL, NODE, UNTIL, ProbePlacement
 from plugin.network_test.plan import TestPlan
@@ -223,6 +225,82 @@ def test_signals(swarm: FakeSwarm, number: signal.Signals) -> None:
     swarm.change = again  # type: ignore[method-assign]
     report = run(swarm)
     assert (report.code, report.error) == (2, "it was interrupted")
+
+
+@contextlib.contextmanager
+def at_start(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """What the process that started this one has left of a signal's handling."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_at_any_request(swarm: FakeSwarm) -> None:
+    """Whichever request of the run is under way, SIGINT ends it with exit code 2, or with an error
+    before anything was made; nothing is left. So it does where a shell has started the command in
+    the background, with SIGINT ignored.
+    """
+    place, wanted, reported = 0, -1, 0
+
+    def interrupt(_method: str, _url: str) -> str:
+        nonlocal place
+        if place == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+        place += 1
+        return ""
+
+    swarm.refuse = interrupt
+    with at_start(signal.SIGINT, signal.SIG_IGN):
+        run(swarm)
+        requests = place
+        for wanted in range(requests):
+            place = 0
+            try:
+                report = run(swarm)
+            except Interrupted:
+                assert (swarm.services, swarm.networks, swarm.containers) == ({}, {}, {})
+                continue
+            assert (report.code, report.error) == (2, "it was interrupted"), wanted
+            reported += 1
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    # Before the network is made, there is nothing to report.
+    assert requests - 10 < reported < requests
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_finalizer(swarm: FakeSwarm) -> None:
+    """Python drops an exception that is raised in a finalizer: the signal ends the run anyway."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    done: list[bool] = []
+
+    def refuse(_method: str, url: str) -> str:
+        if not done and url == "/services/create":
+            done.append(True)
+            Finalized()
+        return ""
+
+    swarm.refuse = refuse
+    report = run(swarm)
+    assert done
+    assert (report.code, report.error) == (2, "it was interrupted")
+
+
+def test_nohup(swarm: FakeSwarm) -> None:
+    """A run that was started with SIGHUP ignored outlives its terminal."""
+
+    def hang_up(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {"lost": []}
+
+    swarm.answers["datagrams"] = hang_up
+    with at_start(signal.SIGHUP, signal.SIG_IGN):
+        assert run(swarm).code == 0
 
 
 def leftover(swarm: FakeSwarm, node: str, until: float) -> str:
