@@ -186,6 +186,8 @@ class RouterSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="learn"):
     """Whether the underlay's device segments UDP tunnels; None: unknown."""
     encryption: EncryptionKeys | None = None
     """None: no container here is on an encrypted network."""
+    expected: tuple[str, ...] = ()
+    """Subnets in which containers may have addresses that `endpoints` lacks for now."""
 
 
 class LivenessRequest(msgspec.Struct, frozen=True, tag="life"):

@@ -190,11 +190,13 @@ class Accelerator:
         inode: Callable[[Path], int | None] = inode_of,
         own: Callable[[], ThisHost] = ThisHost,
         others: Callable[[], Sequence[OtherNetwork]] = tuple,
+        expected: Callable[[], tuple[str, ...]] = tuple,
         encryption: Callable[[], EncryptionKeys | None] = lambda: None,
         *,
         rdma_encrypted: bool = False,
     ) -> None:
-        """`others`: accelerated networks of other drivers. `encryption`: this host's public keys.
+        """`others`: accelerated networks of other drivers; `expected`: the subnets of those, or of
+        all while they aren't known. `encryption`: this host's public keys.
         `rdma_encrypted`: the user says that the cards encrypt, so RDMA may serve encrypted
         networks."""
         self._store = store
@@ -205,6 +207,7 @@ class Accelerator:
         self._inode = inode
         self._own = own
         self._others = others
+        self._expected = expected
         self._encryption = encryption
         self._rdma_encrypted = rdma_encrypted
         self._sent: RouterSnapshot | None = None
@@ -291,7 +294,8 @@ class Accelerator:
             host,
             rdma_encrypted=self._rdma_encrypted,
         )
-        own = replace(own, encryption=self._encryption())
+        # Before the networks: otherwise it could seem that all are known already.
+        own = replace(own, encryption=self._encryption(), expected=self._expected())
         found = with_others(own, self._others(), look, host.addresses)
         self._missing = missing
         return found

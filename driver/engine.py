@@ -238,12 +238,13 @@ class DockerDirectory:
         yield from self._events("container", ["start", "health_status"])
 
     def _events(self, kind: str, names: list[str]) -> Iterator[str]:
-        """IDs of the objects of events, until the engine ends."""
+        """IDs of the objects of events, until the engine ends. First "", once it lists them."""
         filters = {"type": [kind], "event": names}
         events = self._ask(
             "GET /events", lambda client: client.events(filters=filters, decode=True)
         )
         try:
+            yield ""
             for event in events:
                 # Events of networks have the ID only there.
                 yield text_of(items(items(event).get("Actor")).get("ID"))

@@ -58,6 +58,7 @@ _ICC: Final = "com.docker.network.bridge.enable_icc"
 _NAME: Final = "com.docker.network.bridge.name"
 _BALANCER: Final = "lb-"
 """What the engine lists in place of a container's ID for its own end of a network, for VIPs."""
+EVERYWHERE: Final = ("0.0.0.0/0", "::/0")
 _ALL: Final = ""
 """In place of a network's ID: any may have changed."""
 _TRUE: Final = frozenset({"1", "t", "T", "TRUE", "true", "True"})
@@ -88,7 +89,7 @@ class NetworkDirectory(Protocol):
     def changed_networks(self) -> Iterator[str]:
         """IDs of networks that are made, removed, or that a container of this host joins or leaves.
 
-        Ends when the engine does.
+        First "": from then on no event is missed. Ends when the engine does.
         """
 
     def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
@@ -212,6 +213,8 @@ class OtherNetworks:
         self._changed = changed
         self._clock = clock
         self._known: tuple[OtherNetwork, ...] = ()
+        self._complete = False
+        """Whether the engine has answered so far."""
         self._refused: tuple[RefusedNetwork, ...] = ()
         self._keys: dict[str, str] = {}
         """Docker's path of an endpoint's namespace, by the endpoint's ID; it never changes."""
@@ -233,6 +236,14 @@ class OtherNetworks:
     def known(self) -> tuple[OtherNetwork, ...]:
         """The accelerated networks, by ID, with or without containers."""
         return self._known
+
+    def expected(self) -> tuple[str, ...]:
+        """Subnets in which containers of this host may have addresses that aren't known yet: those
+        of all networks that are accelerated, and any until it is known which those are.
+        """
+        if not self._complete:
+            return EVERYWHERE
+        return tuple(str(each.pool) for network in self._known for each in network.view.subnets)
 
     def asking(self) -> tuple[OtherNetwork | RefusedNetwork, ...]:
         """The same, and networks whose label asks for acceleration in vain."""
@@ -264,8 +275,6 @@ class OtherNetworks:
         except EngineError as error:
             # The sync loop reports that the engine doesn't answer.
             log.debug("no events of the engine", reason=str(error))
-        # Changes may have come without us.
-        self.wake()
         return RETRY
 
     def _gathered(self) -> float:
@@ -287,8 +296,11 @@ class OtherNetworks:
         found = tuple(network for network, _ in read)
         listed = {each.id for network in found for each in network.endpoints}
         self._keys = {key: value for key, value in self._keys.items() if key in listed}
-        if found != self._known:
-            self._known = found
+        changed = found != self._known or not self._complete
+        self._known = found
+        # Only now: who finds this true finds the networks, too.
+        self._complete = True
+        if changed:
             self._changed()
         return self._pause(hinted=bool(hints))
 

@@ -276,6 +276,7 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
         router_settings(settings),
         own=lambda: host.own(kernel),
         others=others.known,
+        expected=others.expected,
         encryption=encryption.keys,
     )
     return Core(host, kernel, driver, directory, syncer, accelerator, others, client, encryption)

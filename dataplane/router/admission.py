@@ -124,14 +124,14 @@ class Admission:
     def _why_unknown(self, namespace: int, local: Address) -> Reason:
         """Why an address is none of its container's on any network.
 
-        What the driver says of other drivers' networks comes late. So the container may have got
-        the address a moment ago, or be another one.
+        What the driver says comes late, but for FreeFlow's own networks. So the container may have
+        got the address a moment ago, or be another one. A connection that may last for days is not
+        refused for good because of that.
         """
-        networks = [
-            each for each in self._registry.knowledge.networks_of(namespace) if each.foreign
-        ]
-        may_come = networks and (
-            any(local.ip in each for each in networks) or not self._sockets.is_listed(namespace)
+        knowledge = self._registry.knowledge
+        may_come = knowledge.is_expected(namespace, local.ip) or (
+            any(each.foreign for each in knowledge.networks_of(namespace))
+            and not self._sockets.is_listed(namespace)
         )
         return Reason.NO_ENDPOINT if may_come else Reason.FOREIGN
 

@@ -96,6 +96,7 @@ class Knowledge:
         self.sandboxes: dict[int, Sandbox] = {}
         self._local: dict[tuple[int, IPAddress], KnownNetwork] = {}
         self._of: defaultdict[int, list[KnownNetwork]] = defaultdict(list)
+        self._expected: list[IPv4Network | IPv6Network] = []
         self.underlay: IPAddress | None = None
         self.encryption = facts.encryption
         self.offload = facts.tunnel_offload is not False
@@ -129,6 +130,10 @@ class Knowledge:
                 trusted=fact.trusted,
                 balanced=frozenset(ip_address(text) for text in fact.balanced),
             )
+        self._expected = [ip_network(text) for text in facts.expected]
+        for known in self.networks.values():
+            if known.foreign:
+                self._expected += known.subnets
         self.underlay = ip_address(facts.underlay) if facts.underlay else None
         for endpoint in facts.endpoints:
             network = self.networks[endpoint.network]
@@ -213,6 +218,17 @@ class Knowledge:
     def is_endpoint(self, namespace: int) -> bool:
         """Whether a namespace is that of a container on a FreeFlow network."""
         return namespace in self.sandboxes
+
+    def is_expected(self, namespace: int, address: IPAddress) -> bool:
+        """Whether a container may have an address, on an accelerated network, that the driver has
+        not told of yet.
+
+        It tells of FreeFlow's own networks at once. What it says of those of other drivers, and
+        everything after a router's start, comes late.
+        """
+        return not self.is_endpoint(namespace) or any(
+            address in subnet for subnet in self._expected
+        )
 
     def enabled(self, namespace: int) -> bool:
         """Whether a container is on an accelerated network."""

@@ -24,6 +24,7 @@ ANSWERS: dict[str, Any] = {
     "/v1.41/containers/json": [{"Labels": {SERVICE_NAME: "web", "balance": "local"}}],
     "/v1.41/services": [{"Spec": {"Name": "web", "Labels": {"balance": "even"}}}],
     "/v1.41/containers/c1/json": {"NetworkSettings": {"SandboxKey": KEY}},
+    "/v1.41/events": {"Actor": {"ID": "n7"}},
     "/v1.41/containers/new/json": {"NetworkSettings": {"SandboxKey": ""}},
 }
 
@@ -62,6 +63,13 @@ def test_where_a_sandbox_is(directory: DockerDirectory) -> None:
     assert directory.sandbox_key("c1") == KEY
     assert directory.sandbox_key("new") is None
     assert directory.sandbox_key("none") is None
+
+
+def test_events(directory: DockerDirectory) -> None:
+    """Before the first event it is told from when on none is missed; the end of the engine is the
+    end.
+    """
+    assert list(directory.changed_networks()) == ["", "n7"]
 
 
 def test_labels(directory: DockerDirectory) -> None:

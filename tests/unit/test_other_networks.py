@@ -180,6 +180,26 @@ def test_a_network_with_containers() -> None:
     assert reader.changes == 1
 
 
+def test_what_is_expected_before_the_engine_answers() -> None:
+    """Until the engine has said which networks there are, a container may have any address on one
+    of them; then only in their subnets, also on one whose containers have no namespace yet. The
+    router is told so even if there is no such network.
+    """
+    reader = Reader(a_view(containers=(a_container(2),)), a_view("1", labels={}))
+    reader.engine.down = True
+    reader.networks.once()
+    assert (reader.networks.expected(), reader.changes) == (("0.0.0.0/0", "::/0"), 0)
+    reader.engine.down = False
+    reader.networks.once()
+    assert reader.networks.expected() == ("172.20.0.0/16",)
+    reader.engine.down = True
+    reader.networks.once()
+    assert reader.networks.expected() == ("172.20.0.0/16",)
+    empty = Reader()
+    empty.networks.once()
+    assert (empty.networks.expected(), empty.changes) == ((), 1)
+
+
 def test_the_bridge_has_a_name_of_its_own() -> None:
     """The name that the user gave the bridge is the one that the router learns."""
     options = {"com.docker.network.bridge.name": "docker0"}
