@@ -234,4 +234,13 @@ def wait_running(manager: Host, service: str, replicas: int, timeout: float = 60
         states = text.splitlines()
         return len(states) == replicas and all(state.startswith("Running") for state in states)
 
-    wait_until(f"{replicas} tasks of {service}", running, timeout, 0.3)
+    try:
+        wait_until(f"{replicas} tasks of {service}", running, timeout, 0.3)
+    except TimeoutError as error:
+        raise AssertionError(f"{error}\n{tasks_of(manager, service)}") from error
+
+
+def tasks_of(manager: Host, service: str) -> str:
+    """A table of a service's tasks, with their hosts and errors."""
+    form = "{{.Name}} {{.Node}} {{.DesiredState}} {{.CurrentState}} {{.Error}}"
+    return manager.docker("service", "ps", "--no-trunc", "--format", form, service)
