@@ -175,6 +175,7 @@ class InterHost:
             tunnel_offload=knowledge.offload,
             verbs=settings.verbs,
             verbs_cm=settings.verbs,
+            verbs_groups=settings.verbs,
             wireguard=() if keys is None else keys.keys,
             wireguard_proofs=() if keys is None else keys.proofs,
             wireguard_slot=0 if keys is None else keys.slot,

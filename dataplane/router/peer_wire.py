@@ -31,6 +31,8 @@ MAX_PRIVATE: Final = 256
 """Bytes of private data in one `VerbsStep`."""
 MAX_ALIVE: Final = 8192
 """Numbers of either kind in one `VerbsAlive`."""
+MAX_MEMBERS: Final = 1024
+"""Members of either kind in one `VerbsGroupMembers`."""
 MAX_BLOB: Final = 128
 """Bytes of a relay's memory location or link address."""
 
@@ -81,6 +83,8 @@ class PeerHello(msgspec.Struct, frozen=True, tag="Hello", kw_only=True):
     """Whether it pairs queue pairs of verbs with those of other hosts."""
     verbs_cm: bool = False
     """Whether it also connects processes by rdma_cm, and gives them slots for datagrams."""
+    verbs_groups: bool = False
+    """Whether it also tells of the members of multicast groups."""
     wireguard: Annotated[tuple[PublicKey, ...], Meta(max_length=2)] = ()
     """The public keys of its two WireGuard devices; none, if it has no encrypted network."""
     wireguard_proofs: Annotated[tuple[KeyProof, ...], Meta(max_length=2)] = ()
@@ -197,6 +201,32 @@ class VerbsDatagramNone(msgspec.Struct, frozen=True, tag=True):
     peer_gid: AddressText
     peer_qpn: U32
     reason: U32
+
+
+class VerbsGroupAsk(msgspec.Struct, frozen=True, tag=True):
+    """Processes of the sender send to a multicast group, or no more: the receiver tells it of the
+    group's members, now and as they change. Only for peers whose Hello has `verbs_groups`.
+    """
+
+    network: NetworkId
+    group: AddressText
+    on: bool
+
+
+GroupMemberText = tuple[AddressText, U32]
+"""The GID of a process, and the number of a queue pair of it that takes datagrams."""
+
+
+class VerbsGroupMembers(msgspec.Struct, frozen=True, tag=True):
+    """Members of a group that the receiver has asked for: new ones, and those that are gone.
+    `all`: these are all of the sender's.
+    """
+
+    network: NetworkId
+    group: AddressText
+    here: Annotated[tuple[GroupMemberText, ...], Meta(max_length=MAX_MEMBERS)]
+    gone: Annotated[tuple[GroupMemberText, ...], Meta(max_length=MAX_MEMBERS)]
+    all: bool
 
 
 class Waits(msgspec.Struct, frozen=True, tag=True):
@@ -320,7 +350,14 @@ class PeerPong(msgspec.Struct, frozen=True, tag="Pong"):
     """The answer to PeerPing."""
 
 
-VerbsPeerMessage = VerbsStep | VerbsAlive | VerbsDatagramAsk | VerbsDatagramNone
+VerbsPeerMessage = (
+    VerbsStep
+    | VerbsAlive
+    | VerbsDatagramAsk
+    | VerbsDatagramNone
+    | VerbsGroupAsk
+    | VerbsGroupMembers
+)
 """Of verbs, besides `VerbsOffer`."""
 Message = (
     PeerHello

@@ -169,7 +169,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
         self.links.forget(host.address)
         for users in self._users:
             users.forget(host)
-        self.verbs.connections.end_all(host)
+        self.verbs.end_all(host)
         self.connections.forget(host)
         self.hosts.remove(host)
 
@@ -355,7 +355,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
             self.connections.forget_broken(host)
         host.hello, host.instance, host.node = hello, hello.instance, hello.node
         self.hosts.tell_owned(host)
-        self.verbs.connections.session_up(host)
+        self.verbs.session_up(host)
         self.connections.step_all(host, Event(On.SESSION_UP))
         for users in self._users:
             users.session_up(host)
@@ -369,6 +369,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
             return
         host.hello = None
         host.told = None
+        self.verbs.session_down(host)
         for users in self._users:
             users.session_down(host)
         self.connections.step_all(host, Event(On.SESSION_DOWN))
@@ -378,7 +379,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
     def _session_expired(self, host: RemoteHost) -> None:
         host.timer = None
         self._refuse_all(host, Reason.NO_SESSION)
-        self.verbs.connections.end_all(host)
+        self.verbs.end_all(host)
         self.connections.step_all(host, Event(On.SESSION_EXPIRED))
 
     def message(self, peer: IPAddress, message: peer_wire.Message) -> None:
@@ -434,6 +435,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
         self.links.eased(peer)
         host = self.hosts.get(peer)
         if host is not None and host.hello is not None:
+            self.verbs.eased(host)
             for users in self._users:
                 users.eased(host)
 
@@ -454,6 +456,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
         host.hello = hello
         if not self.transports(host.address):
             self._refuse_all(host, Reason.PEER_NO_RDMA)
+        self.verbs.greeted(host)
         for match in self.queue_pairs.reassign(host):
             self._begin(match)
         self.links.wake(host.address)

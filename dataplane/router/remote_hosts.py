@@ -133,8 +133,11 @@ class RemoteHosts:
 
     def owns(self, host: RemoteHost, network: str, ip: IPAddress) -> bool:
         """Whether a host claims an address, of a network that it shares."""
-        claims = ip in host.owned.get(network, ())
-        return claims and self._shares(self._knowledge().networks.get(network), host)
+        return ip in host.owned.get(network, ()) and self.shares(host, network)
+
+    def shares(self, host: RemoteHost, network: str) -> bool:
+        """Whether something of a network can get to a host that shares it."""
+        return self._shares(self._knowledge().networks.get(network), host)
 
     def _shares(self, network: KnownNetwork | None, host: RemoteHost) -> bool:
         return (

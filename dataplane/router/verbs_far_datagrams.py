@@ -8,7 +8,7 @@ no I/O except through the interfaces that the constructor takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from dataplane.router.arenas import Arena
@@ -49,6 +49,10 @@ class FarDatagramSlots:
         """Those that wait or have a slot, and have not ended."""
         self.of_process: dict[int, dict[FarDatagrams, None]] = {}
         """The same, and those that have ended and are to be released."""
+        self.came: Callable[[FarDatagrams], None] = lambda _: None
+        """Called after a process was told of a slot."""
+        self.ended: Callable[[FarDatagrams], None] = lambda _: None
+        """Called after a slot has ended, or has come to nothing."""
         datagrams.far = self
 
     # --- what processes of this host ask
@@ -71,20 +75,54 @@ class FarDatagramSlots:
                 self._count(known, -1)
                 known.asked = message
             return None
+        made = self._request(opened, gid, network, (host, message.gid, message.peer_qpn), message)
+        return made if isinstance(made, Reason) else None
+
+    def of_group(
+        self,
+        opened: VerbsProcess,
+        gid: IPAddress,
+        network: KnownNetwork,
+        peer: tuple[IPAddress, IPAddress, int],
+    ) -> FarDatagrams | Reason:
+        """The slot, which there is or will be, from a process that sends to a group to a member of
+        it: its host, GID and QPN. Or why there is none.
+        """
+        host, peer_gid, peer_qpn = peer
+        found = self._ends.host_of(network, peer_gid)
+        if isinstance(found, Reason) or found != host:
+            return found if isinstance(found, Reason) else Reason.FOREIGN
+        peer_first = peer_qpn // RANGE * RANGE
+        name = network.id, gid, opened.device.qpn_first or 0, peer_gid, peer_first
+        known = self.slots.get(name)
+        if known is not None:
+            return known
+        if self._datagrams.bears_all((network.id, peer_gid), opened.id):
+            return Reason.LIMIT
+        return self._request(opened, gid, network, peer, None)
+
+    def _request(
+        self,
+        opened: VerbsProcess,
+        gid: IPAddress,
+        network: KnownNetwork,
+        peer: tuple[IPAddress, IPAddress, int],
+        asked: VerbsDatagrams | None,
+    ) -> FarDatagrams | Reason:
+        """Ask a host for a slot to a queue pair of a GID of it."""
+        host, peer_gid, peer_qpn = peer
         if not self._ends.has_room(host):
             # Whoever asks again and again fills no session, which all containers use.
             return Reason.LIMIT
-        made = self._make(opened, gid, network.id, message.gid, peer_first, host, message)
-        if isinstance(made, Reason):
-            return made
-        self._sessions.send(
-            host,
-            VerbsDatagramAsk(
-                network.id, str(gid), made.message.qpn, str(message.gid), message.peer_qpn
-            ),
-        )
-        self._registry.remote.connect(made)
-        return None
+        peer_first = peer_qpn // RANGE * RANGE
+        made = self._make(opened, gid, network.id, peer_gid, peer_first, host, asked)
+        if not isinstance(made, Reason):
+            self._sessions.send(
+                host,
+                VerbsDatagramAsk(network.id, str(gid), made.message.qpn, str(peer_gid), peer_qpn),
+            )
+            self._registry.remote.connect(made)
+        return made
 
     def _make(
         self,
@@ -197,6 +235,7 @@ class FarDatagramSlots:
             record, request, record.peer_gid, record.message.peer_qpn
         )
         self._datagrams.grants.hand_out_remote(arena, message)
+        self.came(record)
 
     def forbid(self, record: FarDatagrams, reason: Reason) -> None:
         """An end that waits gets no slot; one that has a slot keeps it."""
@@ -232,16 +271,20 @@ class FarDatagramSlots:
             self._registry.remote.leave(arena.slots[slot].connection)
         refuse = VerbsRefuse(VerbsKind.GRANT, 0, record.slot_number, reason)
         self._registry.outbox.send(record.process, refuse)
+        self.ended(record)
 
     def _forget(self, record: FarDatagrams) -> None:
         self._stop_timer(record)
-        if self.has(record):
+        is_new = self.has(record)
+        if is_new:
             del self.slots[record.name]
         of_process = self.of_process[record.process]
         del of_process[record]
         if not of_process:
             del self.of_process[record.process]
         self._count(record, -1)
+        if is_new:
+            self.ended(record)
 
     def _count(self, record: FarDatagrams, more: int) -> None:
         if record.asked is None:

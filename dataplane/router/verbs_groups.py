@@ -1,7 +1,8 @@
-"""Multicast groups of verbs on this host: who has joined them, and who sends to them.
+"""Multicast groups of verbs: who of this host has joined them, and who sends to them.
 
 A datagram to a group goes by the slots of those that have joined, one for each process. A process
-that sends to a group is told of these slots, at once and as processes join and leave.
+that sends to a group is told of these slots, at once and as processes join and leave. Those to
+processes of other hosts are `verbs_far_groups.py`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final
+from typing import Final, Protocol
 
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.reasons import Reason
@@ -41,6 +42,10 @@ GroupUse = tuple[GroupName, int | IPAddress]
 """That a queue pair has joined a group, or that its process sends to it from a GID."""
 
 
+MemberName = tuple[IPAddress, int]
+"""A member as other hosts know it: a GID, and the number of a queue pair that is in the group."""
+
+
 @dataclass(slots=True, eq=False)
 class GroupMember:
     """A process that has joined a group."""
@@ -49,7 +54,12 @@ class GroupMember:
     opened: VerbsProcess
     gid: IPAddress
     """With which it joined."""
-    queue_pairs: set[int] = field(default_factory=set)
+    queue_pairs: dict[int, None] = field(default_factory=dict)
+
+    @property
+    def name_elsewhere(self) -> MemberName:
+        """By its oldest queue pair in the group."""
+        return self.gid, next(iter(self.queue_pairs))
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +83,44 @@ class Group:
     """By process and GID."""
     senders_of: Counter[int] = field(default_factory=Counter)
     """By namespace."""
+
+
+class FarMembers(Protocol):
+    """The members of groups on other hosts, and what other hosts know of those on this one."""
+
+    def change(self, name: GroupName, here: list[MemberName], gone: list[MemberName]) -> int:
+        """The members of a group on this host have changed. As how many messages that counts."""
+
+    def begin(self, sender: GroupSender) -> int:
+        """A process sends to a group. As how many messages that counts."""
+
+    def hold(self, sender: GroupSender, request: int) -> bool:
+        """Whether a request is answered later."""
+
+    def end(self, sender: GroupSender) -> None:
+        """A process sends no more to a group."""
+
+    def replace_snapshot(self) -> None:
+        """There is a new snapshot."""
+
+
+class NoFarMembers:
+    """There are no other hosts."""
+
+    def change(self, name: GroupName, here: list[MemberName], gone: list[MemberName]) -> int:
+        return 0
+
+    def begin(self, sender: GroupSender) -> int:
+        return 0
+
+    def hold(self, sender: GroupSender, request: int) -> bool:
+        return False
+
+    def end(self, sender: GroupSender) -> None:
+        pass
+
+    def replace_snapshot(self) -> None:
+        pass
 
 
 class GroupRetries:
@@ -121,9 +169,10 @@ class Groups:
     """All groups."""
 
     def __init__(self, registry: Registry, datagrams: Datagrams) -> None:
-        self._registry = registry
+        self.registry = registry
         self._datagrams = datagrams
         datagrams.ended = self._slot_ended
+        self.far: FarMembers = NoFarMembers()
         self.groups: dict[GroupName, Group] = {}
         self._uses: dict[int, dict[GroupUse, None]] = {}
         """By process."""
@@ -154,8 +203,10 @@ class Groups:
             gid = opened.device.gid(message.gid_index)
             assert gid is not None
             member = group.members[process_id] = GroupMember(name, opened, gid)
-        member.queue_pairs.add(message.qpn)
-        return sum(self._tell(sender, member) for sender in group.senders.values())
+        is_new = not member.queue_pairs
+        member.queue_pairs[message.qpn] = None
+        count = sum(self._tell(sender, member) for sender in group.senders.values())
+        return count + (self.far.change(name, [member.name_elsewhere], []) if is_new else 0)
 
     def _use(
         self, process_id: int, message: VerbsDatagrams, of: int | IPAddress | None
@@ -170,7 +221,7 @@ class Groups:
         elif not self._datagrams.takes(process_id, message.qpn):
             reason = Reason.NOT_FOUND
         else:
-            network = self._registry.knowledge.network_of(opened.namespace, gid)
+            network = self.registry.knowledge.network_of(opened.namespace, gid)
             assert network is not None
             use = (network.id, mgid), of
             if not message.on or use in of_process:
@@ -211,16 +262,20 @@ class Groups:
         others = 0
         if isinstance(of, int):
             member = group.members[process_id]
-            member.queue_pairs.remove(of)
+            before = member.name_elsewhere
+            del member.queue_pairs[of]
             if not member.queue_pairs:
                 del group.members[process_id]
-                others = len(group.senders)
+                others = len(group.senders) + self.far.change(name, [], [before])
                 for sender in group.senders.values():
                     self._untell(sender, member)
+            elif member.name_elsewhere != before:
+                others = self.far.change(name, [member.name_elsewhere], [before])
         else:
             sender = group.senders.pop((process_id, of))
             add(group.senders_of, namespace, -1)
             self._forget_told(sender)
+            self.far.end(sender)
             others = len(group.members)
             for member in group.members.values():
                 self._due.drop(sender, member)
@@ -251,9 +306,13 @@ class Groups:
         if sender is None:
             sender = group.senders[key] = GroupSender(name, opened, gid)
             group.senders_of[opened.namespace] += 1
-        self._forget_told(sender)
+        else:
+            self._forget_told(sender)
+            self.far.end(sender)
         count = sum(self._tell(sender, each, message.request) for each in group.members.values())
-        self._say(sender, 0, True, message.request)
+        count += self.far.begin(sender)
+        if not self.far.hold(sender, message.request):
+            self.say(sender, 0, True, message.request)
         return count
 
     def _tell(self, sender: GroupSender, member: GroupMember, request: int = 0) -> int:
@@ -262,7 +321,7 @@ class Groups:
         """
         if sender.opened is member.opened:
             return 0
-        if not self._registry.outbox.has_room(sender.opened.id):
+        if not self.registry.outbox.has_room(sender.opened.id):
             found: DatagramSlot | Reason = Reason.LIMIT
         else:
             found = self._datagrams.slot(
@@ -275,14 +334,14 @@ class Groups:
         elif sender.told.get(process) != found.number:
             sender.told[process] = found.number
             self._told_of.setdefault(found.number, {})[sender] = process
-            self._say(sender, found.number, True, request)
+            self.say(sender, found.number, True, request)
             return SOUGHT
         return 1
 
     def _try_again(self, sender: GroupSender, member: GroupMember, reason: Reason) -> None:
         """A moment later, unless the two containers have too many of these: then not at all."""
-        if not self._due.add(sender, member, self._registry.clock() + AGAIN):
-            self._datagrams.refused[reason] += 1
+        if not self._due.add(sender, member, self.registry.clock() + AGAIN):
+            self.count_refused(reason)
 
     def _untell(self, sender: GroupSender, member: GroupMember) -> None:
         self._due.drop(sender, member)
@@ -290,8 +349,8 @@ class Groups:
         if number is not None:
             self._forget_slot(sender, number)
             # Who doesn't hear of it sends in vain to a process that isn't in the group.
-            if self._registry.outbox.has_room(sender.opened.id):
-                self._say(sender, number, False)
+            if self.registry.outbox.has_room(sender.opened.id):
+                self.say(sender, number, False)
 
     def _forget_told(self, sender: GroupSender) -> None:
         for number in sender.told.values():
@@ -304,10 +363,15 @@ class Groups:
         if not senders:
             del self._told_of[number]
 
-    def _say(self, sender: GroupSender, number: int, on: bool, request: int = 0) -> None:
+    def say(self, sender: GroupSender, number: int, on: bool, request: int = 0) -> None:
+        """Tell a sender of a slot to its group; `number` 0: it was told of all there are."""
         index = sender.opened.device.index_of(sender.gid) or 0
         message = VerbsDatagrams(VerbsKind.GROUP, request, 0, index, 0, on, number, sender.name[1])
-        self._registry.outbox.send(sender.opened.id, message)
+        self.registry.outbox.send(sender.opened.id, message)
+
+    def count_refused(self, reason: Reason) -> None:
+        """A sender gets no slot to a member."""
+        self._datagrams.refused[reason] += 1
 
     # --- the end
 
@@ -315,6 +379,9 @@ class Groups:
         """Its processes were told. Those that are still in a group get another one later."""
         for sender, process in self._told_of.pop(slot.number, {}).items():
             del sender.told[process]
+            # Or it would keep the numbers of all that there ever were.
+            if self.registry.outbox.has_room(sender.opened.id):
+                self.say(sender, slot.number, False)
             self._try_again(sender, self.groups[sender.name].members[process], Reason.LIMIT)
 
     def closed(self, process_id: int, qpn: int) -> None:
@@ -334,16 +401,17 @@ class Groups:
             for use in list(of_process):
                 if not self._may_stay(process_id, use):
                     self._leave(process_id, use)
+        self.far.replace_snapshot()
 
     def _may_stay(self, process_id: int, use: GroupUse) -> bool:
         (network_id, mgid), of = use
         opened = self._datagrams.opened(process_id)
         group = self.groups[network_id, mgid]
         gid = group.members[process_id].gid if isinstance(of, int) else of
-        network = self._registry.knowledge.network_of(opened.namespace, gid)
+        network = self.registry.knowledge.network_of(opened.namespace, gid)
         return network is not None and network.id == network_id and network.verbs
 
     def sweep(self) -> None:
         """Try again what could not be done."""
-        for sender, member in self._due.take(self._registry.clock(), AT_ONCE):
+        for sender, member in self._due.take(self.registry.clock(), AT_ONCE):
             self._tell(sender, member)

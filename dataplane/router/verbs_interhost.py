@@ -1,5 +1,5 @@
-"""What there is of verbs between hosts, besides the queue pairs themselves: connections of rdma_cm
-and slots for datagrams.
+"""What there is of verbs between hosts, besides the queue pairs themselves: connections of
+rdma_cm, slots for datagrams, and multicast groups.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataplane.router.peer_wire import (
     VerbsAlive,
     VerbsDatagramAsk,
     VerbsDatagramNone,
+    VerbsGroupAsk,
+    VerbsGroupMembers,
     VerbsPeerMessage,
     VerbsStep,
 )
@@ -20,6 +22,7 @@ from dataplane.router.reasons import Reason
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
 from dataplane.router.verbs_far import FarConnections
 from dataplane.router.verbs_far_datagrams import FarDatagramSlots
+from dataplane.router.verbs_far_groups import FarGroups
 
 
 class VerbsInterHost:
@@ -38,6 +41,7 @@ class VerbsInterHost:
             pairing.verbs_connections, sessions, hosts, lambda: pairing.knowledge, why_not
         )
         self.datagrams = FarDatagramSlots(pairing.datagrams, loop, sessions, self.connections)
+        self.groups = FarGroups(pairing.groups, self.datagrams, loop, sessions, hosts)
 
     def message(self, host: RemoteHost, message: VerbsPeerMessage) -> None:
         """A host says something about verbs.
@@ -54,6 +58,33 @@ class VerbsInterHost:
                 self.datagrams.asked(host, message)
             case VerbsDatagramNone():
                 self.datagrams.refused(host, message)
+            case VerbsGroupAsk():
+                self.groups.told.asked(host, message)
+            case VerbsGroupMembers():
+                self.groups.take(host, message)
+
+    def session_up(self, host: RemoteHost) -> None:
+        """There is a session."""
+        self.connections.session_up(host)
+        self.groups.session_up(host)
+
+    def session_down(self, host: RemoteHost) -> None:
+        """There is no session."""
+        self.groups.session_down(host)
+
+    def end_all(self, host: RemoteHost) -> None:
+        """A host is gone."""
+        self.connections.end_all(host)
+        self.groups.forget(host)
+
+    def eased(self, host: RemoteHost) -> None:
+        """The session has room again."""
+        self.groups.told.tell_rest()
+        self.groups.review()
+
+    def greeted(self, host: RemoteHost) -> None:
+        """A host has said something else of itself."""
+        self.groups.review()
 
     def reassign(self, host: RemoteHost) -> None:
         """A host claims other addresses than before."""

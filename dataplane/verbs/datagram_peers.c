@@ -432,7 +432,13 @@ static void await_room(struct datagram_peer *peer)
                 wait_begin(senders, bell);
 }
 
-/* The process on the other host has not got the slot yet. */
+/* Has the process on the other host not got the slot yet? */
+static bool is_starting(const struct datagram_peer *peer)
+{
+        return view_remote(&peer->sender.view) &&
+               !atomic_load_explicit(&peer->sender.view.ring->ready, memory_order_acquire);
+}
+
 static enum datagram_outcome wait_for_start(const struct datagram_peer *peer)
 {
         return monotonic() - peer->since > (uint64_t)FOR_PEER * MILLISECOND ? DATAGRAM_DONE : DATAGRAM_WAIT;
@@ -452,7 +458,7 @@ static enum datagram_outcome put(struct datagram_peer *peer, const struct datagr
         enum record_outcome outcome;
 
         check_taken(peer);
-        if (view_remote(&peer->sender.view) && !atomic_load_explicit(&ring->ready, memory_order_acquire))
+        if (is_starting(peer))
                 return wait_for_start(peer);
         outcome = record_put(&peer->sender, &record, &cursor);
         if (outcome == RECORD_WAIT && datagram->awaits) {
@@ -576,4 +582,20 @@ enum datagram_outcome peers_send_to(uint32_t number, uint32_t epoch, const struc
                 return put_or_lose(peer, datagram);
         mutex_release(&table);
         return DATAGRAM_DONE;
+}
+
+bool peer_starts(uint32_t number, uint32_t epoch)
+{
+        struct datagram_peer *peer;
+        bool starts = false;
+
+        mutex_take(&table);
+        peer = find_slot(number, epoch);
+        if (peer) {
+                mutex_take(&peer->sending);
+                starts = is_starting(peer) && wait_for_start(peer) == DATAGRAM_WAIT;
+                mutex_release(&peer->sending);
+        }
+        mutex_release(&table);
+        return starts;
 }

@@ -156,6 +156,8 @@ enum datagram_outcome peers_send(const struct datagram *datagram);
 enum datagram_outcome peers_send_here(const struct datagram *datagram);
 /* Send to the peer with this slot, if there still is one. */
 enum datagram_outcome peers_send_to(uint32_t number, uint32_t epoch, const struct datagram *datagram);
+/* Does the peer with this slot wait for its process on another host, which has not got it yet? */
+bool peer_starts(uint32_t number, uint32_t epoch);
 /* The number of a request. */
 uint32_t peer_request(void);
 /* The process itself; NULL: it has sent itself nothing. */

@@ -27,6 +27,7 @@ struct target {
         uint32_t epoch;
         uint64_t since; /* ns: when it was asked for */
         bool answered;
+        bool started;      /* nothing waits for members any more */
         uint32_t *numbers; /* of slots */
         uint32_t count, room;
 };
@@ -129,18 +130,25 @@ static void ask(struct target *target, const struct datagram *datagram, uint32_t
         target->request = peer_request();
         target->epoch = epoch;
         target->since = monotonic();
-        target->answered = false;
+        target->answered = target->started = false;
         target->count = 0;
         datagram_router->seek(&datagram->from, &datagram->to, datagram->from_number, DATAGRAM_GROUP,
                               target->request);
 }
 
-/* Are its members known, as far as they will be? */
-static bool is_known(const struct target *target)
+/* Are its members known, as far as they will be, and do those on other hosts have their slots? Only
+ * the first datagrams wait for that: members that come later hold up nobody. */
+static bool is_started(struct target *target)
 {
         const uint64_t most = 10000000000; /* ns */
+        bool waits = !target->answered;
 
-        return target->answered || monotonic() - target->since > most;
+        if (target->started)
+                return true;
+        for (uint32_t i = 0; i < target->count && !waits; i++)
+                waits = peer_starts(target->numbers[i], target->epoch);
+        target->started = !waits || monotonic() - target->since > most;
+        return target->started;
 }
 
 /* A process whose ring is full gets it no more: the others would get it twice. */
@@ -157,7 +165,7 @@ enum datagram_outcome group_send(const struct datagram *datagram)
                 if (target)
                         ask(target, datagram, epoch);
         }
-        known = !target || is_known(target);
+        known = !target || is_started(target);
         for (uint32_t i = 0; known && target && i < target->count; i++)
                 peers_send_to(target->numbers[i], epoch, datagram);
         mutex_release(&targets.mutex);

@@ -572,6 +572,7 @@ class Host:
             tunnel_offload=self.pairing.knowledge.offload,
             verbs=self.number in self.world.verbs,
             verbs_cm=self.number in self.world.verbs_cm,
+            verbs_groups=self.number in self.world.verbs_groups,
         )
 
 
@@ -618,14 +619,16 @@ class World:
         tcp: Container[int] = (),
         verbs: Container[int] = range(99),
         verbs_cm: Container[int] = range(99),
+        verbs_groups: Container[int] = range(99),
         rule: EntryRule | None = None,
         ruled: bool = False,
         **settings: Any,
     ) -> None:
         """`cards`: the hosts with RDMA devices; `tcp`: those whose relays speak TCP. The others'
         routers are of a version that doesn't know of TCP; `verbs`: those that pair queue pairs with
-        others', and `verbs_cm`: those that know rdma_cm and datagrams between hosts. `ruled`:
-        connections enter TCP between relays by the rule, otherwise all do.
+        others', `verbs_cm`: those that know rdma_cm and datagrams between hosts, and
+        `verbs_groups`: those that know multicast groups. `ruled`: connections enter TCP between
+        relays by the rule, otherwise all do.
         """
         self.size = size
         self.settings = settings
@@ -633,6 +636,7 @@ class World:
         self.tcp = tcp
         self.verbs = verbs
         self.verbs_cm = verbs_cm
+        self.verbs_groups = verbs_groups
         self.rule = None if ruled else rule or Open()
         self.quota: float | None = None
         """Processors that each container may use."""

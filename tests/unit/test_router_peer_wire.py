@@ -50,6 +50,8 @@ EXAMPLES: Final[list[pw.Message]] = [
     pw.VerbsAlive((1, 2), (3,), True),
     pw.VerbsDatagramAsk("n1", "10.0.4.1", 4096, "fd00::2", 8193),
     pw.VerbsDatagramNone("n1", "10.0.4.1", 4096, "fd00::2", 8193, 5),
+    pw.VerbsGroupAsk("n1", "239.1.2.3", True),
+    pw.VerbsGroupMembers("n1", "ff1e::1", (("10.0.4.1", 4096), ("fd00::2", 5)), (), True),
     pw.Leaves(1013, (1, 2)),
     pw.Waits(1012, (1, 2, 1 << 40)),
     pw.Withdraw(0),
@@ -97,16 +99,18 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
             tunnel_offload=False,
             verbs=True,
             verbs_cm=True,
+            verbs_groups=True,
             wireguard=(KEY,),
             wireguard_proofs=("A" * 128,),
             wireguard_slot=1,
             wireguard_port=4797,
         ),
-        b"\xde\x00\x12\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
+        b"\xde\x00\x13\xa4type\xa5Hello\xa7version\x01\xa8instance\xd9 0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f"
         b"\xa4node\xa2n1\xa9data_path\xa9192.0.2.1\xa4rdma\xc3\xa4ring\xce\x00\x01\x00\x00"
         b"\xa5build\xa1b\xa5relay\xc3\xaarelay_ring\xce\x00\x01\x00\x00"
         b"\xb0relay_encryption\xa3all\xaetunnel_offload\xc2\xa5verbs\xc3"
-        b"\xa8verbs_cm\xc3\xa9wireguard\x91\xd9,AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+        b"\xa8verbs_cm\xc3\xacverbs_groups\xc3"
+        b"\xa9wireguard\x91\xd9,AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
         b"\xb0wireguard_proofs\x91\xd9\x80" + b"A" * 128 + b""
         b"\xaewireguard_slot\x01\xaewireguard_port\xcd\x12\xbd",
     ),
@@ -167,6 +171,15 @@ BYTES: Final[list[tuple[pw.Message, bytes]]] = [
         pw.VerbsDatagramNone("net", "10.0.1.2", 4096, "fd00::2", 5, 4),
         b"\x87\xa4type\xb1VerbsDatagramNone\xa7network\xa3net\xa3gid\xa810.0.1.2"
         b"\xa3qpn\xcd\x10\x00\xa8peer_gid\xa7fd00::2\xa8peer_qpn\x05\xa6reason\x04",
+    ),
+    (
+        pw.VerbsGroupAsk("net", "239.1.2.3", False),
+        b"\x84\xa4type\xadVerbsGroupAsk\xa7network\xa3net\xa5group\xa9239.1.2.3\xa2on\xc2",
+    ),
+    (
+        pw.VerbsGroupMembers("net", "ff1e::1", (("10.0.1.2", 4096),), (), True),
+        b"\x86\xa4type\xb1VerbsGroupMembers\xa7network\xa3net\xa5group\xa7ff1e::1"
+        b"\xa4here\x91\x92\xa810.0.1.2\xcd\x10\x00\xa4gone\x90\xa3all\xc3",
     ),
     (
         pw.Leaves(1013, (7,)),

@@ -260,7 +260,7 @@ def test_a_slot_of_a_group_that_ends(world: VerbsWorld) -> None:
     assert isinstance(grant, VerbsGrant)
     assert told == led(grant)
     other.give_back(other.grant())
-    assert one.read() == [over(grant.number, Reason.LIMIT)]
+    assert one.read() == [over(grant.number, Reason.LIMIT), led(grant, on=False)]
     world.now += 2
     world.pairing.sweep(100)
     again, told = one.read()

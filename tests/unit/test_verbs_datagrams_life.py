@@ -200,7 +200,7 @@ class DatagramLife(RuleBasedStateMachine):
             assert group.members or group.senders
             for process, member in group.members.items():
                 assert {(name, qpn) for qpn in member.queue_pairs} <= set(groups._uses[process])
-                assert member.queue_pairs <= datagrams.open_of[process]
+                assert set(member.queue_pairs) <= datagrams.open_of[process]
             for (process, gid_of), _ in group.senders.items():
                 assert (name, gid_of) in groups._uses[process]
 

@@ -146,6 +146,20 @@ def test_rdma_cm(hosts: Hosts, name: str) -> None:
     until_empty(hosts)
 
 
+def test_a_group(hosts: Hosts) -> None:
+    """What is sent to a multicast group reaches a member on another host, and leaves nothing."""
+    if shutil.which("mckey") is None:
+        pytest.skip("missing: mckey (make setup)")
+    a, b = hosts[0].containers["a"], hosts[1].containers["b"]
+    member = start(b, "mckey", "-m", "239.0.0.7", "-b", str(b.ipv4))
+    until = time.monotonic() + patience(30)
+    while member.poll() is None and time.monotonic() < until:
+        # It may not have joined yet.
+        finish(start(a, "mckey", "-m", "239.0.0.7", "-s", "-b", str(a.ipv4)), seconds=60)
+    finish(member, seconds=60)
+    until_empty(hosts)
+
+
 @pytest.mark.timeout(2 * int(SECONDS) + 200)
 def test_torture(hosts: Hosts, far: Path, board: Path) -> None:
     """Everything at once arrives byte for byte, and both routers show how."""
