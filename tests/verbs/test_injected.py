@@ -18,6 +18,7 @@ from testbed import wait_until
 from testbed.namespace_bed import BedContainer, NamespaceBed, bed
 from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, compile_c
+from tests.verbs.conftest import HEADER
 
 pytestmark = pytest.mark.kernel
 
@@ -199,3 +200,29 @@ def test_opened_at_run_time(
     program = compile_c(source, made.shared.parent / f"opens-{compiler}", "-ldl", compiler=compiler)
     done = made.containers["a"].run(command(str(program), name, musl=musl), accelerated=False)
     assert (done.stdout, done.stderr) == (f"{said}\n", "")
+
+
+@pytest.mark.skipif(
+    shutil.which("gcc") is None or not HEADER.exists(), reason="missing: gcc, verbs.h"
+)
+def test_nccl(made: NamespaceBed) -> None:
+    """Everything that NCCL's transport looks up at run time is found, and what it does with it
+    works: see `nccl.c`.
+    """
+    folder = made.shared.parent
+    program = compile_c(Path(__file__).with_name("nccl.c"), folder / "nccl", "-ldl")
+    board = folder / "board"
+    board.write_bytes(bytes(4096))
+    board.chmod(0o666)
+    ends = [
+        start(box, str(program), str(board), str(side))
+        for side, box in enumerate(made.containers.values())
+    ]
+    try:
+        said = [end.communicate(timeout=patience(30))[0] for end in ends]
+    finally:
+        for end in ends:
+            end.kill()
+            end.wait()
+    assert said == ["", ""]
+    assert [end.returncode for end in ends] == [0, 0]
