@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from testbed import wait_until
 from testbed.namespace_bed import BedContainer, NamespaceBed, bed
 from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, compile_c
+from tests.dataplane.test_musl import HEADERS as MUSL_HEADERS
 from tests.verbs.conftest import HEADER
+from tests.verbs.test_gossip import Gossip, check_all
 
 pytestmark = pytest.mark.kernel
 
@@ -226,3 +229,47 @@ def test_nccl(made: NamespaceBed) -> None:
             end.wait()
     assert said == ["", ""]
     assert [end.returncode for end in ends] == [0, 0]
+
+
+class InjectedGossip(Gossip):
+    """A process of `gossip.c` in a container with what is injected."""
+
+    def __init__(self, box: BedContainer, program: Path, *, musl: bool) -> None:
+        self.process = box.popen(
+            command(str(program), musl=musl),
+            accelerated=False,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.number = self._answer()
+
+
+@pytest.mark.skipif(
+    shutil.which("gcc") is None or shutil.which("musl-gcc") is None or not HEADER.exists(),
+    reason="missing: gcc, musl-gcc, verbs.h",
+)
+def test_musl(made: NamespaceBed, library: Path) -> None:
+    """A program that is linked with musl and libibverbs, as those of Alpine are, works with others
+    of its kind and with those of glibc: it registers memory, sleeps, sends, receives, and joins a
+    group.
+    """
+    source, box = Path(__file__).with_name("gossip.c"), made.containers["a"]
+    gossips: list[Gossip] = []
+    try:
+        for number, compiler in enumerate(["musl-gcc", "gcc", "musl-gcc"]):
+            musl = compiler == "musl-gcc"
+            options = (*MUSL_HEADERS, "-Wno-error") if musl else ()
+            to = made.shared.parent / f"gossip{number}"
+            link = ("-Wl,--no-as-needed", str(library))
+            program = compile_c(source, to, *options, *link, compiler=compiler)
+            gossips.append(InjectedGossip(box, program, musl=musl))
+        check_all(gossips)
+        assert [each.say("join") for each in gossips[:2]] == ["done", "done"]
+        time.sleep(patience(0.5))  # for the router to hear of it
+        assert gossips[2].say("cast 10") == "sent"
+        assert [each.say("await 10") for each in gossips[:2]] == ["got 10", "got 10"]
+    finally:
+        for each in gossips:
+            each.process.kill()
+            each.process.communicate()
