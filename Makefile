@@ -18,7 +18,7 @@ C_FILES := $(filter %.c %.h,$(SOURCES))
 PYTHON_FOLDERS := plugin driver dataplane bench testbed tests tools
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library verbs ebpf relay runtime plugin prepare install uninstall push test unit kernel swarm vm torture lint pictures screenshots docs demo bench settings clean
+.PHONY: help setup venv library verbs ebpf relay runtime plugin prepare install uninstall push test unit kernel swarm vm long torture lint pictures screenshots docs demo bench settings clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -109,6 +109,9 @@ swarm: setup plugin ## scenarios on a real Swarm
 vm: setup library ebpf relay plugin ## tests in virtual machines: RDMA, kernels of several ages, IPVS
 	@$(PYTHON) -m testbed.prepare vm
 	$(PYTHON) -m pytest tests/vm
+
+long: setup library verbs ebpf relay plugin prepare ## tests that take minutes each, and that `make test` leaves out
+	$(PYTHON) -m pytest -m long
 
 torture: setup library verbs ## a million races of bells; the torture test for an hour, and for an hour with each sanitizer; all of perftest; 1,000 lost links
 	BELL_ROUNDS=$${BELL_ROUNDS:-1000000} $(PYTHON) -m pytest tests/dataplane/test_bells.py

@@ -26,7 +26,7 @@ from tests.dataplane.test_torture import SOURCE as TORTURE
 from tests.kernel.test_router_hosts import PORT, Router
 from tests.unit.swarm_ca import Authority, write
 
-SECONDS: Final = int(os.environ.get("TORTURE_SECONDS", "10"))
+SECONDS: Final = int(os.environ.get("TORTURE_SECONDS", "5"))
 SEED: Final = os.environ.get("TORTURE_SEED", "")
 PATIENCE: Final = 30.0
 

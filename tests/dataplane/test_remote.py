@@ -19,7 +19,7 @@ from testbed.kernel_hosts import missing_tools
 from tests.dataplane.places import LIBRARY, SOURCES, Places, places, relayed
 from tests.dataplane.test_torture import torture
 
-SECONDS: Final = int(os.environ.get("TORTURE_SECONDS", "16"))
+SECONDS: Final = int(os.environ.get("TORTURE_SECONDS", "8"))
 SEED: Final = os.environ.get("TORTURE_SEED", "")
 MEANS: Final = ("poll", "select", "level", "edge", "once", "nested", "nested_poll")
 LATE: Final = (

@@ -16,9 +16,9 @@ from tests.dataplane.places import Places, compile_c, places
 
 SOURCE = Path(__file__).with_name("torture.c")
 BUILD = Path(__file__).parents[2] / "dataplane/library/build.sh"
-SECONDS = int(os.environ.get("TORTURE_SECONDS", "60"))
-LOOPS = int(os.environ.get("TORTURE_SECONDS", "20"))
-SANITIZED = int(os.environ.get("TORTURE_SECONDS", "15"))
+SECONDS = int(os.environ.get("TORTURE_SECONDS", "20"))
+LOOPS = int(os.environ.get("TORTURE_SECONDS", "8"))
+SANITIZED = int(os.environ.get("TORTURE_SECONDS", "8"))
 SEED = os.environ.get("TORTURE_SEED", "")
 
 

@@ -429,7 +429,10 @@ def test_router_killed(hosts: Hosts, dies: int) -> None:
     moves_again(hosts)
 
 
-@pytest.mark.parametrize(("dies", "refused"), [(0, False), (1, False), (1, True)])
+@pytest.mark.parametrize(
+    ("dies", "refused"),
+    [pytest.param(0, False, marks=pytest.mark.long), (1, False), (1, True)],
+)
 def test_connections_return_after_a_restart(hosts: Hosts, dies: int, refused: bool) -> None:
     """After a router's restart connections that went back to TCP move again, without loss; also if
     their requests were refused while it was away.

@@ -24,9 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"needs {missing}"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pair() -> Iterator[list[Guest]]:
-    """Two guests with an RDMA device each, `rxe0`, for the tests of a module."""
+    """Two guests with an RDMA device each, `rxe0`. A test leaves them as it found them, because
+    their boot takes as long as many tests.
+    """
     with guests(2) as made:
         for guest in made:
             guest.rxe_up()

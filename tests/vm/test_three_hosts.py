@@ -48,8 +48,8 @@ def test_a_ring_of_three(hosts: list[Host]) -> None:
 
 
 def test_a_third_host_goes(hosts: list[Host]) -> None:
-    """A host that is switched off ends its own connections; those between the two others are not
-    affected.
+    """A host that is switched off ends its own connections, and the others free their memory; those
+    between the two others are not affected.
     """
     one, two, three = hosts
     kept = Streams([one, two], 50)
@@ -58,3 +58,5 @@ def test_a_third_host_goes(hosts: list[Host]) -> None:
     assert set(Streams.words(lost.client, 120)) == {"reset"}
     assert kept.ends() == ["whole"] * 4
     assert rdma(one).broken == 0
+    wait_until("no memory", lambda: not rdma(two).memory, 60)
+    assert rdma(two).broken >= 2
