@@ -195,6 +195,8 @@ static void request(int fd, struct end *end, uint64_t bytes, uint32_t operations
                 end_forget_dead(end);
         if (!settings.welcomed)
                 request_poll(end);
+        else if (!settings.enabled && !settings.off)
+                request_watch();
         if (settings.enabled && backoff_is_over(end) && is_worth_it(end, bytes) && !end_held_elsewhere(end)) {
                 request_upgrade(end, fd);
                 store_relaxed(&end->requested_at, now());

@@ -28,6 +28,7 @@ static void leave_all(void (*leave)(int fd, struct end *end, uint64_t key))
 __attribute__((destructor)) static void leaving(void)
 {
         leave_all(close_at_exit);
+        settings.off = true;
         settings.enabled = 0;
 }
 

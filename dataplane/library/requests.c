@@ -20,6 +20,9 @@ enum {
         LONGEST_SPIN = 1000, /* us */
         SOON = 1000,         /* ms after a request, within which most answers come */
         POLL_PAUSE = 20,     /* ms between two looks for later ones */
+        WATCH_PAUSE = 1100,  /* ms between two looks whether acceleration is on by now: a router that has
+                              * just been lost isn't tried for a second */
+        REACH_PAUSE = 30000, /* ms between two attempts to reach another router for that */
 };
 
 static bool name_of(int fd, long call_number, struct address *name)
@@ -255,4 +258,21 @@ void request_poll(struct end *end)
         store_relaxed(&polled, tick);
         statistics_count(&statistics.polls);
         router_receive();
+}
+
+void request_watch(void)
+{
+        static _Atomic uint32_t watched, reached; /* ticks() */
+        uint32_t tick = ticks();
+
+        if (tick - load_relaxed(&watched) < WATCH_PAUSE || !router_begin())
+                return;
+        store_relaxed(&watched, tick);
+        /* A router serves few processes whose container it doesn't know, so they don't hurry. */
+        if (router_descriptor() < 0 && tick - load_relaxed(&reached) >= REACH_PAUSE) {
+                store_relaxed(&reached, tick);
+                router_reach();
+        }
+        router_take();
+        router_end();
 }
