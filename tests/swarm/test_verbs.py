@@ -1,18 +1,24 @@
-"""RDMA verbs in a Swarm: Debian's programs between two containers of a host, and in a service."""
+"""RDMA verbs in a Swarm: Debian's programs between two containers of a host, and in a service that
+is scaled, rolled, and loses its host.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from testbed import Host, wait_until
+import pytest
+
+from testbed import Bed, Host, wait_until
 from testbed.images import WORKLOAD_IMAGE
 from testbed.patience import patience
+from tests.dataplane.places import compile_c
 from tests.swarm.conftest import (
     address,
     make_network,
@@ -29,6 +35,12 @@ Box = tuple[Host, str]
 """A container: its host, and its name."""
 WRITE_LAT = ("ib_write_lat", "-d", "freeflow0", "-x", "0", "-F", "-p", str(PORT))
 PING_PONG = ("ibv_rc_pingpong", "-g", "0", "-p", str(PORT))
+RECONNECTING = Path(__file__).parent / "programs/reconnecting.c"
+ENDS = {
+    "client": "broken: transport retry counter exceeded, local work queue catastrophic error",
+    "idle": "RDMA_CM_EVENT_DISCONNECTED",
+}
+"""What the two kinds of clients of RECONNECTING say when their peer is lost."""
 
 
 def options(host: Host) -> list[str]:
@@ -233,3 +245,65 @@ def test_stack(manager: Host) -> None:
         assert "freeflow0" in manager.exec(box, "ibv_devices")
     finally:
         manager.docker("stack", "rm", name)
+
+
+def compiled(to: Path) -> Path:
+    """The program RECONNECTING."""
+    if shutil.which("gcc") is None or not Path("/usr/include/rdma/rdma_cma.h").exists():
+        pytest.skip("missing: gcc, librdmacm-dev (make setup)")
+    return compile_c(
+        RECONNECTING, to / "reconnecting", "-Wl,--no-as-needed", "-lrdmacm", "-libverbs"
+    )
+
+
+def copy(program: Path, host: Host) -> list[str]:
+    """Put a program on a host. Returns the options that put it into a container."""
+    shutil.copy(program, host.root / "root" / program.name)
+    return ["--mount", f"type=bind,src=/root/{program.name},dst=/{program.name},readonly"]
+
+
+@pytest.mark.timeout(600)
+def test_reboot(bed: Bed, manager: Host, tmp_path: Path) -> None:
+    """When the host of a service loses power, queue pairs to it that have requests break, with an
+    event; rdma_cm says that idle ones are disconnected. The same programs connect to the new task.
+    """
+    host = bed.hosts[3]
+    network = make_network(manager)
+    program = compiled(tmp_path)
+    mounts = {each.name: copy(program, each) for each in (manager, host)}
+    service = make_service(
+        manager,
+        network,
+        f"exec /{program.name} server {PORT}",
+        *(*USER, *options(manager), *mounts[host.name]),
+        *("--constraint", f"node.hostname=={host.name}"),
+        replicas=1,
+    )
+    clients = {
+        mode: run_container(
+            manager,
+            network,
+            *(*USER, *options(manager), *mounts[manager.name]),
+            command=f"exec /{program.name} {mode} tasks.{service} {PORT}",
+        )
+        for mode in ENDS
+    }
+
+    def said(mode: str) -> list[str]:
+        return manager.docker("logs", clients[mode]).splitlines()
+
+    def all_said(count: int) -> bool:
+        return all(said(mode).count("answered") == count for mode in clients)
+
+    wait_until("both clients to be answered", lambda: all_said(1), 60, 0.3)
+    wait_until(
+        "both queue pairs on their path",
+        lambda: [each["path"] for each in queue_pairs(manager)] == ["relay"] * 2,
+    )
+    bed.reboot(host)
+    wait_until("both clients to be answered again", lambda: all_said(2), 120, 0.3)
+    for mode, end in ENDS.items():
+        assert said(mode) == ["answered", end, "answered"]
+    for each in (manager, host):
+        wait_until("only new queue pairs", lambda h=each: len(queue_pairs(h)) == 2, 30)  # type: ignore[misc]
+    bed.wait_plugin_reported()
