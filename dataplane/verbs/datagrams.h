@@ -51,8 +51,7 @@ void datagrams_set_bell(uint32_t arena, int bell);
 void datagrams_check(void);
 void datagrams_check_one(struct datagram_peer *peer);
 /* Take all that the peer has sent, and use its rings no more: their place is the caller's. False:
- * it has ended before. `returned`: the other
- * process has not used it. */
+ * it has ended before. `returned`: the other process has not used the slot. */
 bool datagrams_end(struct datagram_peer *peer, uint32_t number, bool returned, struct place *place);
 /* In a child of fork(): there are none. */
 void datagrams_forget(void);
