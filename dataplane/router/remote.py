@@ -148,9 +148,8 @@ class Remotes(LentArenas, Generic[SessionsT]):
 
     def _is_hopeless(self, request: RemoteRequest) -> bool:
         """Whether there is no transport for a request."""
-        if request.host is None:
-            return not any(map(self.ready, Transport))
-        return not self.transports(request.host.address)
+        host = request.host
+        return not (self.transports(host.address) if host else any(map(self.ready, Transport)))
 
     def enter(self, requests: Iterable[RemoteRequest]) -> None:
         """The `EntryRule` admits these requests."""
@@ -287,9 +286,8 @@ class Remotes(LentArenas, Generic[SessionsT]):
     def transports(self, peer: IPAddress) -> Set[Transport]:
         """The transports that both hosts have; none without a session."""
         host = self.hosts.get(peer)
-        if host is None or host.hello is None:
-            return frozenset()
-        return frozenset(filter(self.ready, self.hosts.transports(host)))
+        has = frozenset() if host is None else self.hosts.transports(host)
+        return frozenset(filter(self.ready, has))
 
     def opens_rdma(self, peer: IPAddress) -> bool:
         """Whether this host's device is being opened, and the peer has one."""
