@@ -18,7 +18,7 @@ C_FILES := $(filter %.c %.h,$(SOURCES))
 PYTHON_FOLDERS := plugin driver dataplane bench testbed tests tools
 CODE := $(shell find plugin driver dataplane config.json -not -name '*.pyc' -type f 2>/dev/null)
 
-.PHONY: help setup venv library verbs ebpf relay runtime plugin prepare install uninstall push test unit kernel swarm vm long torture lint pictures screenshots docs demo bench settings clean
+.PHONY: help setup venv library verbs ebpf relay runtime plugin prepare install uninstall push test unit kernel swarm vm long encryption torture lint pictures screenshots docs demo bench settings clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -109,6 +109,10 @@ swarm: setup plugin ## scenarios on a real Swarm
 vm: setup library ebpf relay plugin ## tests in virtual machines: RDMA, kernels of several ages, IPVS
 	@$(PYTHON) -m testbed.prepare vm
 	$(PYTHON) -m pytest tests/vm
+
+encryption: setup library ebpf relay plugin ## encrypted networks of the built plugin in virtual machines, on kernels of several ages
+	@$(PYTHON) -m testbed.prepare vm
+	ENCRYPTION_LONG=1 $(PYTHON) -m pytest tests/vm/test_encrypted_hosts.py tests/vm/test_kernels.py -k 'wireguard or encrypted'
 
 long: setup library verbs ebpf relay plugin prepare ## tests that take minutes each, and that `make test` leaves out
 	$(PYTHON) -m pytest -m long

@@ -44,8 +44,6 @@ REPAIR_EVERY: Final = 10.0
 FRESH: Final = 180.0
 """Seconds for which a handshake holds: WireGuard makes a new one every two minutes, since there are
 always packets (keepalive)."""
-PERIOD: Final = 86400.0
-"""Seconds between two changes of this host's key."""
 FACT: Final = "encryption"
 NO_KEY: Final = (
     "it has announced no key: its FreeFlow is of an earlier version, its kernel has no WireGuard, "
@@ -79,6 +77,8 @@ class EncryptionKernel(Protocol):
     """
 
     port: int
+
+    def make(self) -> object: ...
 
     def keys(self) -> tuple[str, str] | None: ...
 
@@ -163,7 +163,7 @@ class Encryption:
         *,
         states: Callable[[], Mapping[str, NetworkState]],
         own: Callable[[], frozenset[IPAddress]],
-        period: float = PERIOD,
+        period: float,
         changed: Callable[[], None] = lambda: None,
         seeds: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.time,
@@ -287,8 +287,11 @@ class Encryption:
 
     def _check(self, networks: list[Network]) -> None:
         own = self._kernel.keys()
+        if own is None and networks:
+            # Somebody has removed the devices, or the first container is just being made.
+            self._kernel.make()
+            own = self._kernel.keys()
         if own is None:
-            # No container of an encrypted network has been started yet.
             self._publish([], self._stored.node)
             return
         try:

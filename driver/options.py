@@ -2,7 +2,7 @@
 
 One map contains keys of three kinds: the user's, ours (`freeflow.*`, added by AllocateNetwork), and
 those that the engine consumes and passes on nevertheless. An option of another driver is refused
-rather than ignored: a user who requests `encrypted` must not believe that it is on.
+rather than ignored: its user must not believe that it is on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 from driver.balance import BALANCES, EVEN
 from driver.errors import InvalidRequest
-from driver.model import FORMAT as SPOKEN
+from driver.model import ENCRYPTED_FORMAT as SPOKEN
 
 MTU_RANGE: Final = range(1280, 65536)
 """IPv6 needs links of 1280 bytes at least (RFC 8200, section 5)."""
@@ -32,6 +32,7 @@ USER_KEYS: Final = {
     "verbs": "on or off: RDMA verbs",
     "verbs_direct": "on or off: peers on one host map each other's registered memory",
     "ebpf": "on or off: the eBPF fast path",
+    "encrypted": "on or off: encrypt what leaves the host",
     "balance": "even, local or source: which of a service's tasks its VIP leads to",
     "upgrade_operations": "reads and writes after which a connection moves to shared memory",
 }
@@ -46,7 +47,6 @@ IP6: Final = "ip6"
 ENDPOINT_PREFIX: Final = "com.docker."
 """Keys of the engine at an endpoint: port lists, DNS servers, MAC address."""
 HINTS: Final = {
-    "encrypted": "FreeFlow does not encrypt; use Docker's overlay for a network that needs it",
     "com.docker.network.driver.overlay.vxlanid_list": "use -o vni=NUMBER",
 }
 

@@ -236,8 +236,11 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
         PROGRAMS if settings.ebpf == "on" else None,
         sessions=settings.session_port or settings.vxlan_port,
         listed=lambda: host.listed,
+        encryption_port=settings.encryption_port,
     )
-    config = DriverConfig(settings.scope, settings.vxlan_port, settings.mtu)
+    config = DriverConfig(
+        settings.scope, settings.vxlan_port, settings.mtu, settings.encrypted == "on"
+    )
     driver = Driver(host.store, kernel, config, clock=time.time)
     directory = DockerDirectory(paths.engine_socket)
     client = RouterClient(paths.host_run / CONTROL)
@@ -247,6 +250,7 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
         client,
         states=lambda: syncer.state(),
         own=host.addresses,
+        period=settings.encryption_rotation,
         changed=changes.encryption_changed,
     )
     kernel.outer = encryption.outer
@@ -278,6 +282,7 @@ def _core(paths: HostPaths, settings: Settings, changes: Changes) -> Core:
         others=others.known,
         expected=others.expected,
         encryption=encryption.keys,
+        rdma_encrypted=settings.rdma_encrypted == "on",
     )
     return Core(host, kernel, driver, directory, syncer, accelerator, others, client, encryption)
 

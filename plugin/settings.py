@@ -154,6 +154,13 @@ def _parse_underlay(text: str) -> str:
     return text
 
 
+def _parse_rotation(text: str) -> int:
+    number = _number(text)
+    if number != 0 and not 60 <= number <= 31536000:
+        raise ValueError("must be 0, or a whole number from 60 to 31536000")
+    return number
+
+
 _PORT: Final = _whole(PORT_RANGE.start, PORT_RANGE.stop - 1)
 _BYTES: Final = _whole(0, 10**11 - 1)
 _SWITCH: Final = _choice("on", "off")
@@ -240,6 +247,30 @@ class Settings:
         "on",
         "`off`: all packets stay on the kernel path",
         details="See [The fast path](fast-path.md).",
+    )
+    encrypted: str = _setting(
+        _SWITCH,
+        "off",
+        "`on`: new networks are encrypted between hosts, unless they have `-o encrypted=off`",
+        details="The manager's value is used. See [Encrypted networks](encryption.md).",
+    )
+    encryption_port: int = _setting(
+        _whole(PORT_RANGE.start, PORT_RANGE.stop - 2),
+        4797,
+        "UDP port of encrypted packets on the underlay; the next one is used too",
+        details="The hosts tell each other their ports.",
+    )
+    encryption_rotation: int = _setting(
+        Kind(_parse_rotation, "0, or 60 to 31536000"),
+        86400,
+        "seconds after which this host changes the key of its encrypted networks; `0`: never",
+        tuning=True,
+    )
+    rdma_encrypted: str = _setting(
+        _SWITCH,
+        "off",
+        "`on`: the RDMA devices of all hosts encrypt by themselves, so connections on encrypted "
+        "networks may move to RDMA",
     )
     rdma: str = _setting(
         _SWITCH,

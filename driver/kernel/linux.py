@@ -175,7 +175,8 @@ class LinuxKernel:
     def _bridge(self, overlay: Overlay, network: Network) -> int:
         """Index of the network's bridge, made with the VXLAN device if absent."""
         made = self._made.get(names.short(network.id))
-        if made is not None and made == self._present(overlay, network):
+        whole = not network.encrypted or self.encryption.keys() is not None
+        if whole and made is not None and made == self._present(overlay, network):
             return made[0]
         with self._making:
             # br_netfilter may have been loaded since: it then filters in all namespaces.

@@ -199,7 +199,8 @@ def check_encryption(status: Status) -> Iterator[Finding]:
                 "warning",
                 f"no handshake on UDP port {ports} of host {peer.name or peer.address}",
                 "a firewall drops it: packets pass by the other port, until the key changes",
-                f"open UDP ports {found.port if found else 0} and the next one on all hosts",
+                f"open UDP ports {found.port if found else 0} and the next one on all hosts "
+                "(docs/encryption.md)",
             )
 
 

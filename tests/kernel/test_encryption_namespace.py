@@ -248,6 +248,19 @@ def test_removed_devices_are_made_again(scene: Secret) -> None:
     assert "dev ffw0" in inside(scene.host, "ip", "-6", "route", "show", str(PREFIX))
 
 
+def test_next_container_makes_removed_devices(scene: Secret) -> None:
+    """The next container of a network finds all parts of it, though somebody has removed them."""
+    scene.devices.keys.clear()
+    scene.host.do(scene.encryption.remove)
+    device = names.vxlan(scene.network.id, encrypted=True)
+    eventually(
+        "the VXLAN device to go", lambda: device not in scene.host.do(scene.host.kernel.links)
+    )
+    scene.host.container(scene.network, 4)
+    assert device in scene.host.do(scene.host.kernel.links)
+    assert scene.host.do(scene.encryption.keys) is not None
+
+
 def test_peers_are_exactly_those_given(scene: Secret) -> None:
     """Both devices have both keys of each peer, with its inner address of that slot alone."""
     for name in ("ffw0", "ffw1"):

@@ -365,6 +365,23 @@ def test_a_new_device_starts_anew(world: World) -> None:
     assert world.all_deliver()
 
 
+def test_removed_devices_are_made_again(world: World) -> None:
+    """While containers use them, devices that somebody has removed are made again."""
+    host = world.hosts[1]
+    host.kernel.own = []
+    world.settle()
+    assert world.all_deliver()
+
+
+def test_devices_are_not_made_without_need(world: World) -> None:
+    """Without containers on encrypted networks none are made."""
+    host = world.hosts[1]
+    host.kernel.own = []
+    host.stop_containers()
+    world.settle()
+    assert host.kernel.own == []
+
+
 def test_clock_goes_back(world: World) -> None:
     """A clock that was set back neither stops rotation for ever nor rotates at once."""
     slot = world.hosts[1].kernel.active

@@ -117,10 +117,24 @@ def test_unknown_key(key: str) -> None:
     assert "-o mtu=9000" in message
 
 
-def test_encrypted_is_not_ignored() -> None:
-    """A request for an encrypted network is refused rather than fulfilled without encryption."""
-    with pytest.raises(InvalidRequest, match="does not encrypt"):
-        options.parse({"encrypted": ""})
+@pytest.mark.parametrize(
+    ("value", "encrypted"),
+    [("", True), ("true", True), ("on", True), ("1", True), ("false", False), ("off", False)],
+)
+def test_encrypted(value: str, encrypted: bool) -> None:
+    """`encrypted` is on as users of Docker's overlay write it, and off where they say so."""
+    assert options.parse({"encrypted": value}).encrypted is encrypted
+
+
+def test_encrypted_is_not_guessed() -> None:
+    """A value that is neither on nor off is refused, not taken for off."""
+    with pytest.raises(InvalidRequest, match="neither on nor off"):
+        options.parse({"encrypted": "aes"})
+
+
+def test_not_encrypted_by_itself() -> None:
+    """Without the option a network is not encrypted."""
+    assert not options.parse({}).encrypted
 
 
 @pytest.mark.parametrize(
@@ -159,7 +173,7 @@ def test_later_additions_pass() -> None:
 def test_later_format() -> None:
     """A network of a later format is refused with the remedy, whatever its other options are."""
     with pytest.raises(InvalidRequest, match="upgrade the plugin on this host"):
-        options.parse({"freeflow.format": "2", "freeflow.cipher": "x", "surprise": "y"})
+        options.parse({"freeflow.format": "3", "freeflow.cipher": "x", "surprise": "y"})
 
 
 @pytest.mark.parametrize(

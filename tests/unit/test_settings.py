@@ -135,6 +135,11 @@ GOOD = [
     ("SPIN", "0", "spin", 0),
     ("SPIN", "1000", "spin", 1000),
     ("RING_LIMIT", "4096", "ring_limit", 4096),
+    ("ENCRYPTED", "on", "encrypted", "on"),
+    ("ENCRYPTION_PORT", "65534", "encryption_port", 65534),
+    ("ENCRYPTION_ROTATION", "0", "encryption_rotation", 0),
+    ("ENCRYPTION_ROTATION", "60", "encryption_rotation", 60),
+    ("RDMA_ENCRYPTED", "on", "rdma_encrypted", "on"),
     ("SHM_LIMIT", "99999999999", "shm_limit", 99999999999),
     ("CONNECTIONS_LIMIT", "0", "connections_limit", 0),
     ("PROCESSES_LIMIT", "10", "processes_limit", 10),
@@ -161,6 +166,10 @@ def test_each_setting_is_tried() -> None:
 
 
 BAD = [
+    ("ENCRYPTED", "true"),
+    ("ENCRYPTION_PORT", "65535"),
+    ("ENCRYPTION_ROTATION", "59"),
+    ("RDMA_ENCRYPTED", "yes"),
     ("RELAY_SPIN", "1001"),
     ("RELAY_BUSY", "0"),
     ("RELAY_CONNECTIONS", "0"),

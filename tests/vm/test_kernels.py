@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,9 @@ from testbed.vm.guest import SOURCES
 from testbed.vm.guest_images import kernel
 
 OBJECT = TOP / "build/overlay.bpf.o"
+ENCRYPTED = "tests/kernel/test_wireguard.py"
+OLDEST = "5.10"
+LONG = bool(os.environ.get("ENCRYPTION_LONG"))
 STAGES = {
     "5.10": ["same-host", "receive"],
     "6.1": ["same-host", "receive", "tunnel"],
@@ -78,3 +82,23 @@ def test_packets_take_the_fast_path(by_kernel: dict[str, Guest | str], name: str
     )
     assert said.returncode == 0, said.stdout[-3000:] + said.stderr[-1000:]
     assert "1 passed" in said.stdout
+
+
+# The oldest alone, because each takes a minute; `make encryption` takes all.
+@pytest.mark.parametrize("name", KERNELS if LONG else [OLDEST])
+def test_wireguard_encrypts(by_kernel: dict[str, Guest | str], name: str) -> None:
+    """With the kernel's WireGuard no byte of a container is in the clear, and nothing is lost while
+    keys change, plugins restart and nodes leave.
+    """
+    guest = by_kernel[name]
+    if isinstance(guest, str):
+        pytest.skip(f"kernel {name}: {guest}")
+    said = guest.run(
+        ["python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", ENCRYPTED],
+        env=SOURCES,
+        cwd="/src",
+        timeout=400,
+        check=False,
+    )
+    assert said.returncode == 0, said.stdout[-6000:] + said.stderr[-1000:]
+    assert "6 passed" in said.stdout
