@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,57 @@ def test_the_same_stack_on_both_drivers(bed: Bed, manager: Host, driver: str, mo
             lambda: not manager.docker("network", "ls", "-q", "-f", f"name={name}_").strip(),
             60,
         )
+
+
+ENCRYPTED = """
+version: "3.8"
+services:
+  secret:
+    image: workload:latest
+    command: sleep infinity
+    networks: [secret]
+    deploy: {mode: global}
+networks:
+  secret:
+    driver: freeflow:latest
+    driver_opts: {encrypted: "true"}
+"""
+
+
+def has_wireguard() -> bool:
+    """Whether this machine's kernel has WireGuard."""
+    made = subprocess.run(
+        ["unshare", "--net", "ip", "link", "add", "w", "type", "wireguard"], capture_output=True
+    )
+    return made.returncode == 0
+
+
+@pytest.mark.skipif(has_wireguard(), reason="needs a kernel without WireGuard")
+def test_a_stack_with_encrypted_networks_without_wireguard(bed: Bed, manager: Host) -> None:
+    """A stack that has encrypted networks on Docker's overlay is accepted as it is. On hosts whose
+    kernel has no WireGuard none of its tasks starts, and `docker service ps` says why.
+    """
+    name = unique("stack")
+    manager.docker(
+        *("stack", "deploy", "--resolve-image", "never", "-c", "-", name), stdin=ENCRYPTED
+    )
+
+    def failures() -> bool:
+        listed = manager.docker(
+            *("service", "ps", "--no-trunc", "--format", "{{.Node}} {{.Error}}", f"{name}_secret")
+        )
+        told = {line.split()[0] for line in listed.splitlines() if "has no WireGuard" in line}
+        return len(told) == len(bed.hosts)
+
+    try:
+        wait_until("the error of each host", failures, 90, 0.5)
+        listed = manager.docker(
+            *("service", "ps", "--no-trunc", "--format", "{{.Error}}", f"{name}_secret")
+        )
+        assert "run the container on another host" in listed
+        assert not [host for host in bed.hosts if host.docker("ps", "-q", "-f", f"name={name}_")]
+    finally:
+        manager.docker("stack", "rm", name)
 
 
 COMPOSE = """
