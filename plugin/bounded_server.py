@@ -1,8 +1,8 @@
 """A small HTTP server for addresses that anybody may reach: it bounds what its clients can take.
 
 gunicorn's threads read requests without a limit of time, so a few silent clients would hold all of
-them. Here each connection has one request, a deadline to send it, a limit of its head's length, and a
-limit of time for what is sent to it. Connections over the limit are refused at once.
+them. Here each connection has one request, a deadline to send it, a limit of its head's length, and
+a limit of time for what is sent to it. Connections over the limit are refused at once.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ def upgrade(
     One host after another, this one last. After each `freeflow test --quick` must pass; at the
     first failure the command stops and says why. Nothing is drained: containers keep their
     connections. If the new version asks for privileges that the installed one does not have, the
-    command shows them and asks. Exit code: 0 all hosts have the new version and the network works, 1 it stopped at
-    a host, 2 it could not begin.
+    command shows them and asks. Exit code: 0 all hosts have the new version and the network works,
+    1 it stopped at a host, 2 it could not begin.
 
     The hosts need the image of `freeflow test`, and a registry that asks for no password.
 
