@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -25,17 +25,47 @@ INTERVAL: Final = 2.0
 """Seconds between two reports of traffic."""
 MAP_AGE: Final = 5.0
 """Seconds for which a map holds: it costs more than traffic, and changes less."""
-_STALE: Final = 10.0
+STALE: Final = 10.0
 """Seconds after which a report is too old to measure rates since then."""
 
 
-@dataclass(frozen=True, slots=True)
+class PageViews(Protocol):
+    """What is shown, now. Each may raise FreeFlowError."""
+
+    def map_now(self) -> MapView: ...
+
+    def traffic_now(self, nodes: MapView) -> TrafficView:
+        """The edges between the nodes of this map; rates are those since the last call."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
 class PageSource:
-    """Where the data comes from; each may raise FreeFlowError."""
+    """The views of one host, and where their data comes from; each may raise FreeFlowError."""
 
     status: Callable[[], Status]
     addresses: Callable[[], AddressBook]
     traffic: Callable[[], TrafficReport]
+    _before: TrafficReport | None = None
+
+    def map_now(self) -> MapView:
+        return map_view(shown_all(self.status()), shown_all(self.addresses()))
+
+    def traffic_now(self, nodes: MapView) -> TrafficView:
+        try:
+            report = shown_all(self.traffic())
+        except FreeFlowError as error:
+            self._before = None
+            return TrafficView(interval=0.0, edges=[], paths={}, reasons={}, error=str(error))
+        before, self._before = usable(self._before, report), report
+        interval = 0.0 if before is None else report.read - before.read
+        return traffic_view(measure(report, before), report, nodes, interval)
+
+
+def usable(before: TrafficReport | None, report: TrafficReport) -> TrafficReport | None:
+    """The report before, if rates can be measured since then."""
+    fits = before is not None and 0 < report.read - before.read < STALE
+    return before if fits else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +81,13 @@ class PageData:
 class PageFeed:
     """Call `latest` from any thread. Raises FreeFlowError while there is no status."""
 
-    source: PageSource
+    source: PageViews
     clock: Callable[[], float] = time.monotonic
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _map: MapView | None = None
     _map_made: float = 0.0
     _map_number: int = 0
     _map_text: bytes = b""
-    _before: TrafficReport | None = None
     _data: PageData | None = None
     _error: FreeFlowError | None = None
     _made: float = 0.0
@@ -78,7 +107,7 @@ class PageFeed:
         self._made, self._error = now, None
         try:
             nodes = self._refreshed_map(now)
-            traffic = msgspec.json.encode(self._traffic(nodes))
+            traffic = msgspec.json.encode(self.source.traffic_now(nodes))
             self._data = PageData(self._map_number, self._map_text, traffic)
         except FreeFlowError as error:
             # For all that ask in this interval: each try may take as long as a time-out.
@@ -88,25 +117,10 @@ class PageFeed:
 
     def _refreshed_map(self, now: float) -> MapView:
         if self._map is None or now - self._map_made >= MAP_AGE:
-            self._map = map_view(
-                shown_all(self.source.status()), shown_all(self.source.addresses())
-            )
+            self._map = self.source.map_now()
             self._map_made = now
             text = msgspec.json.encode(self._map)
             if text != self._map_text:
                 self._map_text = text
                 self._map_number += 1
         return self._map
-
-    def _traffic(self, nodes: MapView) -> TrafficView:
-        try:
-            report = shown_all(self.source.traffic())
-        except FreeFlowError as error:
-            self._before = None
-            return TrafficView(interval=0.0, edges=[], paths={}, reasons={}, error=str(error))
-        before = self._before
-        if before is not None and not 0 < report.read - before.read < _STALE:
-            before = None
-        self._before = report
-        interval = 0.0 if before is None else report.read - before.read
-        return traffic_view(measure(report, before), report, nodes, interval)

@@ -1,21 +1,21 @@
 """The edges of the page's map: connections between two nodes by one path, summed up.
 
-A connection between two containers of this host has two ends, and counts once. An end that leads to
-a VIP belongs to the task that has the other end, if that is on this host.
+A connection whose two ends are both reported, by one host or by two, counts once. An end that leads
+to a VIP belongs to the task that has the other end, if that is reported.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
 
-from plugin.page_view import UNNAMED, MapView, owner_key
-from plugin.rates import MeasuredConnection, MeasuredTraffic, Rates
-from plugin.traffic_names import AddressOwner, NamedTraffic, TrafficReport
+from plugin.page_view import UNNAMED, MapView, container_key
+from plugin.rates import MeasuredTraffic, Rates
+from plugin.traffic_names import NamedTraffic, TrafficReport
 
 EDGES: Final = 1000
 """The most edges, those with the most bytes first."""
@@ -97,47 +97,105 @@ class _Sum:
         return (self.to_b or 0.0) + (self.to_a or 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class HostTraffic:
+    """What one host has reported, and what was measured since its report before."""
+
+    host: str
+    measured: MeasuredTraffic
+    report: TrafficReport
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _End:
+    """One end of a connection, and the host that reports it."""
+
+    host: str
+    connection: NamedTraffic
+    rates: Rates | None
+
+
+class _NodeKeys:
+    """The nodes of a map by the names that reports have."""
+
+    def __init__(self, nodes: MapView) -> None:
+        self._known = {each.key for each in nodes.containers}
+        self._known |= {each.key for each in nodes.services}
+        self._by_host = {(each.host, each.name): each.key for each in nodes.containers}
+
+    def own(self, end: _End) -> str:
+        """Of the end's own container."""
+        return self._container(end.host, end.connection.container)
+
+    def peer(self, end: _End) -> str:
+        """Of what the end names as its peer."""
+        one = end.connection
+        if _leads_to_vip(one):
+            key = f"service/{one.network}/{one.peer}"
+            return key if key in self._known else UNNAMED
+        return self._container(one.host, one.peer)
+
+    def _container(self, host: str, name: str) -> str:
+        task = container_key(name, host, task=True)
+        return self._by_host.get((host, name)) or (task if task in self._known else UNNAMED)
+
+
 def traffic_view(
     measured: MeasuredTraffic, report: TrafficReport, nodes: MapView, interval: float
 ) -> TrafficView:
-    """The edges between the nodes of this map."""
-    known = {each.key for each in nodes.containers} | {each.key for each in nodes.services}
+    """The edges between the nodes of this map, of one host."""
+    return joint_traffic([HostTraffic(nodes.host, measured, report)], nodes, interval)
+
+
+def joint_traffic(hosts: Sequence[HostTraffic], nodes: MapView, interval: float) -> TrafficView:
+    """The edges between the nodes of this map, of all hosts that have reported. The processors are
+    those of the first.
+    """
+    keys = _NodeKeys(nodes)
+    names: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for host in reversed(hosts):
+        names.update(host.report.networks)
+        reasons.update(host.report.reasons)
     sums: dict[tuple[str, str, str], _Sum] = defaultdict(_Sum)
     counts: Counter[str] = Counter()
     rates: dict[str, float] = defaultdict(float)
-    for each, peer in _once(measured.connections):
-        one = each.connection
-        ends = (_own_key(one), _peer_key(one) if peer is None else _own_key(peer))
-        own, other = (key if key in known else UNNAMED for key in ends)
+    ends = [
+        _End(host.host, each.connection, each.rates)
+        for host in hosts
+        for each in host.measured.connections
+    ]
+    for end, peer in _once(ends):
+        own, other = keys.own(end), keys.peer(end) if peer is None else keys.own(peer)
+        one = end.connection
         a, b = sorted((own, other))
-        sums[a, b, one.path].add(one, each.rates, from_a=own == a)
+        sums[a, b, one.path].add(one, end.rates, from_a=own == a)
         counts[one.path] += 1
-        rates[one.path] += 0.0 if each.rates is None else each.rates.bytes
+        rates[one.path] += 0.0 if end.rates is None else end.rates.bytes
     order = sorted(sums, key=lambda key: (-sums[key].bytes, key))
+    first = hosts[0].measured if hosts else None
     return TrafficView(
         interval=round(interval, 3),
-        edges=[_edge(key, sums[key], report.networks) for key in order[:EDGES]],
+        edges=[_edge(key, sums[key], names) for key in order[:EDGES]],
         paths={
             path: PathTotal(connections=count, bytes=rates[path])
             for path, count in sorted(counts.items())
         },
-        reasons=report.reasons,
-        router_cpu=_percent(measured.router),
-        relay_cpu=_percent(measured.relay),
+        reasons=reasons,
+        router_cpu=None if first is None else _percent(first.router),
+        relay_cpu=None if first is None else _percent(first.relay),
         left_out=max(0, len(order) - EDGES),
     )
 
 
-def _once(
-    ends: Iterable[MeasuredConnection],
-) -> Iterator[tuple[MeasuredConnection, NamedTraffic | None]]:
-    """One end of each connection, and its other end if that is on this host, too."""
+def _once(ends: Iterable[_End]) -> Iterator[tuple[_End, _End | None]]:
+    """One end of each connection, and its other end if that is reported, too."""
     found = list(ends)
     by_addresses = {
         (each.connection.network, each.connection.local, each.connection.remote): each
         for each in found
     }
-    by_vip: dict[tuple[str, str, str], list[MeasuredConnection]] = defaultdict(list)
+    by_vip: dict[tuple[str, str, str], list[_End]] = defaultdict(list)
     for each in found:
         one = each.connection
         if _leads_to_vip(one):
@@ -152,29 +210,19 @@ def _once(
         clients = by_vip.get((one.network, one.remote, one.service))
         if peer is None and clients and not _leads_to_vip(one):
             peer = clients.pop()
-        if peer is None or peer is each:
+        if peer is None or peer is each or id(peer) in done:
             yield each, None
             continue
         done.add(id(peer))
         # The rates of a new connection may be known at one end only.
-        best, other = (each, peer) if each.rates is not None else (peer, each)
-        yield best, other.connection
+        yield (each, peer) if each.rates is not None else (peer, each)
 
 
 def _leads_to_vip(end: NamedTraffic) -> bool:
     return end.peer == end.peer_service != ""
 
 
-def _own_key(end: NamedTraffic) -> str:
-    return f"container/{end.container}" if end.container else UNNAMED
-
-
-def _peer_key(end: NamedTraffic) -> str:
-    owner = AddressOwner(name=end.peer, service=end.peer_service, vip=_leads_to_vip(end))
-    return owner_key(end.network, owner)
-
-
-def _edge(key: tuple[str, str, str], total: _Sum, networks: dict[str, str]) -> Edge:
+def _edge(key: tuple[str, str, str], total: _Sum, networks: Mapping[str, str]) -> Edge:
     a, b, path = key
     first = total.ends[0]
     times = [end.tcp.round_trip for end in total.ends if end.tcp is not None]

@@ -99,11 +99,20 @@ class MapView(msgspec.Struct, frozen=True, kw_only=True):
     """Containers that are not in the map because there are too many."""
 
 
+def container_key(name: str, host: str, *, task: bool) -> str:
+    """The node of a container. Tasks have names of their own in the Swarm; two other containers of
+    one name on two hosts are two nodes.
+    """
+    return f"container/{name}" if task else f"container/{host}/{name}"
+
+
 def owner_key(network: str, owner: AddressOwner | None) -> str:
     """The node of the map that has an address. A container has one on all of its networks."""
     if owner is None or not owner.name:
         return UNNAMED
-    return f"service/{network}/{owner.name}" if owner.vip else f"container/{owner.name}"
+    if owner.vip:
+        return f"service/{network}/{owner.name}"
+    return container_key(owner.name, owner.host, task=bool(owner.service))
 
 
 def map_view(status: Status, book: AddressBook) -> MapView:
@@ -140,20 +149,29 @@ def _containers(
     """Containers, each once, and how many are left out."""
     own = {endpoint.container for network in status.networks for endpoint in network.endpoints}
     own |= {name for network in status.other_networks for name in network.containers}
+    here = status.host.hostname
+    # On networks of other drivers their services aren't known.
+    tasks = {
+        owner.name
+        for addresses in book.networks.values()
+        for owner in addresses.values()
+        if owner.service and not owner.vip
+    }
     found: dict[str, PageContainer] = {}
     for network, addresses in book.networks.items():
         title = names.get(network, network[:12])
         for address, owner in addresses.items():
             if owner.vip or not owner.name:
                 continue
-            key = owner_key(network, owner)
+            mine = owner.name in own and owner.host in ("", here)
+            host = here if mine else owner.host
+            key = container_key(owner.name, host, task=owner.name in tasks)
             known = found.get(key) or PageContainer(key=key, name=owner.name)
-            mine = owner.name in own
             found[key] = PageContainer(
                 key=key,
                 name=owner.name,
                 service=known.service or owner.service,
-                host=status.host.hostname if mine else known.host or owner.host,
+                host=host or known.host,
                 own=mine,
                 addresses=[*known.addresses, address],
                 networks=sorted({*known.networks, title}),

@@ -72,6 +72,28 @@ def test_a_container_on_two_networks_is_one_node() -> None:
     assert first.addresses == ["10.0.4.7", "172.20.0.2"]
 
 
+def test_names_of_two_hosts_are_two_nodes() -> None:
+    """A container of another host with the name of one here is another node, and so are their
+    connections.
+    """
+    swarm = ExampleSwarm()
+    here, there = (
+        swarm.add("", host, f"10.0.1.{number}", "redis")
+        for number, host in enumerate(("alpha", "beta"), 1)
+    )
+    client = swarm.add("web", "alpha", "10.0.1.9")
+    swarm.connect(client, here, "shm", 1000)
+    swarm.connect(client, there, "relay", 1000)
+    assert [(each.name, each.host, each.own) for each in nodes(swarm).containers] == [
+        ("redis", "alpha", True),
+        ("web.1", "alpha", True),
+        ("redis", "beta", False),
+    ]
+    ends = [{each.a, each.b} for each in traffic(swarm).edges]
+    first, second, third = (each.key for each in nodes(swarm).containers)
+    assert ends == [{second, first}, {second, third}]
+
+
 def test_services_lead_to_their_tasks() -> None:
     """A service has its VIP, the nodes of its tasks, and those that this host's containers get."""
     web, db = map_view(status(), ADDRESSES).services
