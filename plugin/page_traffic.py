@@ -107,7 +107,7 @@ class HostTraffic:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _End:
+class _ReportedEnd:
     """One end of a connection, and the host that reports it."""
 
     host: str
@@ -123,11 +123,11 @@ class _NodeKeys:
         self._known |= {each.key for each in nodes.services}
         self._by_host = {(each.host, each.name): each.key for each in nodes.containers}
 
-    def own(self, end: _End) -> str:
+    def own(self, end: _ReportedEnd) -> str:
         """Of the end's own container."""
         return self._container(end.host, end.connection.container)
 
-    def peer(self, end: _End) -> str:
+    def peer(self, end: _ReportedEnd) -> str:
         """Of what the end names as its peer."""
         one = end.connection
         if _leads_to_vip(one):
@@ -161,7 +161,7 @@ def joint_traffic(hosts: Sequence[HostTraffic], nodes: MapView, interval: float)
     counts: Counter[str] = Counter()
     rates: dict[str, float] = defaultdict(float)
     ends = [
-        _End(host.host, each.connection, each.rates)
+        _ReportedEnd(host.host, each.connection, each.rates)
         for host in hosts
         for each in host.measured.connections
     ]
@@ -188,14 +188,14 @@ def joint_traffic(hosts: Sequence[HostTraffic], nodes: MapView, interval: float)
     )
 
 
-def _once(ends: Iterable[_End]) -> Iterator[tuple[_End, _End | None]]:
+def _once(ends: Iterable[_ReportedEnd]) -> Iterator[tuple[_ReportedEnd, _ReportedEnd | None]]:
     """One end of each connection, and its other end if that is reported, too."""
     found = list(ends)
     by_addresses = {
         (each.connection.network, each.connection.local, each.connection.remote): each
         for each in found
     }
-    by_vip: dict[tuple[str, str, str], list[_End]] = defaultdict(list)
+    by_vip: dict[tuple[str, str, str], list[_ReportedEnd]] = defaultdict(list)
     for each in found:
         one = each.connection
         if _leads_to_vip(one):
