@@ -146,7 +146,8 @@ def _check_page(host: Host, client: str, service: str) -> None:
     (task,) = shown["tasks"]
     names = {each["key"]: each["name"] for each in found["map"]["containers"]}
     assert names[task].startswith(f"{service}.1")
-    ends = {f"container/{client}", task}
+    (own,) = [key for key, name in names.items() if name == client]
+    ends = {own, task}
     (edge,) = [each for each in found["traffic"]["edges"] if {each["a"], each["b"]} == ends]
     assert (edge["path"], edge["connections"]) == ("shm", 1)
 
