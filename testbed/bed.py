@@ -104,13 +104,7 @@ class Bed:
             for number, version in enumerate(self._engines, start=1)
         ]
         in_parallel([host.boot for host in self.hosts])
-        self._remember(self.hosts)
         in_parallel([host.start_dockerd for host in self.hosts])
-
-    def _remember(self, hosts: list[Host]) -> None:
-        """Store the hosts' process IDs for `remove_leftovers`, if this process is killed."""
-        with (self.work / "pids").open("a") as pids:
-            pids.writelines(f"{host.pid}\n" for host in hosts)
 
     def down(self) -> None:
         """Remove everything. Safe at any stage, and when it is called twice."""
@@ -195,7 +189,6 @@ class Bed:
             0.5,
         )
         host.boot()
-        self._remember([host])
         host.start_dockerd()
 
     # --- a registry

@@ -94,6 +94,9 @@ class Host:
         )
         log.close()
         outer = self._outer.pid
+        # For `remove_leftovers`, if this process is killed. Process 1 ends with this one.
+        with (self.work.parent / "pids").open("a") as pids:
+            pids.write(f"{outer}\n")
         children = Path(f"/proc/{outer}/task/{outer}/children")
 
         def alive(what: str) -> str:
