@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -242,21 +243,20 @@ def test_a_signal_at_any_request(swarm: FakeSwarm) -> None:
     before anything was made; nothing is left. So it does where a shell has started the command in
     the background, with SIGINT ignored.
     """
-    place, wanted, reported = 0, -1, 0
+    places, wanted, reported = count(), -1, 0
 
     def interrupt(_method: str, _url: str) -> str:
-        nonlocal place
-        if place == wanted:
+        # Threads send requests at the same time: each has its own place.
+        if next(places) == wanted:
             os.kill(os.getpid(), signal.SIGINT)
-        place += 1
         return ""
 
     swarm.refuse = interrupt
     with at_start(signal.SIGINT, signal.SIG_IGN):
         run(swarm)
-        requests = place
+        requests = next(places)
         for wanted in range(requests):
-            place = 0
+            places = count()
             try:
                 report = run(swarm)
             except Interrupted:
