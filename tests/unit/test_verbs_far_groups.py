@@ -50,6 +50,18 @@ def reached(world: World, sender: FarUd, seconds: float = 1) -> VerbsGrant:
     return grant
 
 
+def paired(world: World, sender: FarUd, member: FarUd) -> VerbsGrant:
+    """Let a member join and a sender send: the sender's slot, which is the first that it hears
+    of.
+    """
+    member.join()
+    sender.send_to(5)
+    world.loop.run(1)
+    grant, *_ = sender.read()
+    assert isinstance(grant, VerbsGrant)
+    return grant
+
+
 def clean(world: World) -> None:
     """When all processes are gone nothing is left."""
     end(world)
@@ -193,11 +205,7 @@ def test_queue_pairs_of_a_member(world: World, ends: Ends) -> None:
 def test_a_member_that_dies(world: World, ends: Ends) -> None:
     """A member's end is told, and one that takes its place gets a slot of its own."""
     one, other = ends
-    other.join()
-    one.send_to(5)
-    world.loop.run(1)
-    grant, *_ = one.read()
-    assert isinstance(grant, VerbsGrant)
+    grant = paired(world, one, other)
     world.kill(other.host, other.container, child=False)
     world.loop.run(1)
     assert one.read() == [led(grant.number, on=False)]
@@ -211,10 +219,7 @@ def test_a_member_that_dies(world: World, ends: Ends) -> None:
 def test_a_slot_that_ends(world: World, ends: Ends) -> None:
     """A slot that a process gives back is had again, later each time if it does so at once."""
     one, other = ends
-    other.join()
-    one.send_to(5)
-    world.loop.run(1)
-    grant: Any = one.read()[0]
+    grant = paired(world, one, other)
     for pause in (AGAIN, 2 * AGAIN, 4 * AGAIN):
         theirs = other.grant()
         one.give_back(grant)
@@ -306,11 +311,7 @@ def test_a_session_with_much_to_send(world: World, ends: Ends) -> None:
 def test_a_router_that_is_restarted(world: World, ends: Ends) -> None:
     """A new router of a host tells of the members that it has then."""
     one, other = ends
-    other.join()
-    one.send_to(5)
-    world.loop.run(1)
-    grant, *_ = one.read()
-    assert isinstance(grant, VerbsGrant)
+    grant = paired(world, one, other)
     world.restart_router(world.hosts[1])
     world.connect_all()
     world.loop.run(1)
