@@ -25,7 +25,7 @@ INTERVAL: Final = 2.0
 """Seconds between two reports of traffic."""
 MAP_AGE: Final = 5.0
 """Seconds for which a map holds: it costs more than traffic, and changes less."""
-STALE: Final = 10.0
+_STALE: Final = 10.0
 """Seconds after which a report is too old to measure rates since then."""
 
 
@@ -57,14 +57,14 @@ class PageSource:
         except FreeFlowError as error:
             self._before = None
             return TrafficView(interval=0.0, edges=[], paths={}, reasons={}, error=str(error))
-        before, self._before = usable(self._before, report), report
+        before, self._before = _usable(self._before, report), report
         interval = 0.0 if before is None else report.read - before.read
         return traffic_view(measure(report, before), report, nodes, interval)
 
 
-def usable(before: TrafficReport | None, report: TrafficReport) -> TrafficReport | None:
+def _usable(before: TrafficReport | None, report: TrafficReport) -> TrafficReport | None:
     """The report before, if rates can be measured since then."""
-    fits = before is not None and 0 < report.read - before.read < STALE
+    fits = before is not None and 0 < report.read - before.read < _STALE
     return before if fits else None
 
 
