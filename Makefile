@@ -112,7 +112,7 @@ vm: setup library ebpf relay plugin ## tests in virtual machines: RDMA, kernels 
 
 encryption: setup library ebpf relay plugin ## encrypted networks of the built plugin in virtual machines, on kernels of several ages
 	@$(PYTHON) -m testbed.prepare vm
-	ENCRYPTION_LONG=1 $(PYTHON) -m pytest tests/vm/test_encrypted_hosts.py tests/vm/test_kernels.py -k 'wireguard or encrypted'
+	$(PYTHON) -m pytest tests/vm/test_encrypted_hosts.py tests/vm/test_kernels.py -k 'wireguard or encrypted'
 
 long: setup library verbs ebpf relay plugin prepare ## tests that take minutes each, and that `make test` leaves out
 	$(PYTHON) -m pytest -m long

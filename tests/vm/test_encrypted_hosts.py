@@ -3,14 +3,13 @@ containers is on the wire in the clear, and nothing is lost.
 
 The wire between the virtual machines is captured from their first frame to their last. A capture
 looks for a mark, which is in everything that containers send, and for the containers' MAC
-addresses. An emulated processor needs minutes for the plugins, so only ENCRYPTION_LONG=1 runs
-these; `tests/kernel/test_wireguard.py` has the same promises for `driver/kernel` alone.
+addresses. An emulated processor needs minutes for the plugins, so these are `long`;
+`tests/kernel/test_wireguard.py` has the same promises for `driver/kernel` alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
 from collections.abc import Iterator
 from functools import partial
@@ -30,7 +29,6 @@ from tests.vm.plugin_hosts import (
 )
 
 BUILT: Final = TOP / "build/plugin"
-LONG: Final = bool(os.environ.get("ENCRYPTION_LONG"))
 MARK: Final = b"in the clear: container."
 PROGRAM: Final = "/src/tests/vm/programs/marked.py"
 PORT: Final = 7300
@@ -40,7 +38,7 @@ SETTINGS: Final = {"ENCRYPTION_ROTATION": "60"}
 
 pytestmark = [
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not LONG, reason="ENCRYPTION_LONG=1 runs it"),
+    pytest.mark.long,
     pytest.mark.skipif(not (BUILT / "config.json").exists(), reason="needs make plugin"),
 ]
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +18,6 @@ from testbed.vm.guest_images import kernel
 OBJECT = TOP / "build/overlay.bpf.o"
 ENCRYPTED = "tests/kernel/test_wireguard.py"
 OLDEST = "5.10"
-LONG = bool(os.environ.get("ENCRYPTION_LONG"))
 STAGES = {
     "5.10": ["same-host", "receive"],
     "6.1": ["same-host", "receive", "tunnel"],
@@ -84,8 +82,11 @@ def test_packets_take_the_fast_path(by_kernel: dict[str, Guest | str], name: str
     assert "1 passed" in said.stdout
 
 
-# The oldest alone, because each takes a minute; `make encryption` takes all.
-@pytest.mark.parametrize("name", KERNELS if LONG else [OLDEST])
+# The oldest alone is not long, because each takes a minute.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=[] if each == OLDEST else pytest.mark.long) for each in KERNELS],
+)
 def test_wireguard_encrypts(by_kernel: dict[str, Guest | str], name: str) -> None:
     """With the kernel's WireGuard no byte of a container is in the clear, and nothing is lost while
     keys change, plugins restart and nodes leave.
