@@ -114,7 +114,7 @@ def test_ping_pong(
     with far_router(socket_path, relay, transport) as router:
         said = play(library, socket_path, [PROGRAM, "-g", "0", *options])
         router.await_releases(2)
-        assert len(router.ends) == 2
+        router.await_ends(2)
         assert router.hosts[0].counts()["corrupt"] == 0
     assert all("iters in" in text for text in said), said
 
