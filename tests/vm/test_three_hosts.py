@@ -33,6 +33,7 @@ def hosts() -> Iterator[list[Host]]:
             yield three
 
 
+@pytest.mark.long
 def test_a_ring_of_three(hosts: list[Host]) -> None:
     """Each host has connections to both others at once, over two links, and every byte arrives once
     and in order.
