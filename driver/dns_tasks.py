@@ -69,7 +69,7 @@ class _Trouble:
 @dataclass(slots=True)
 class _Memory:
     """A network: the last queried owner, the last decision, missing answers, containers that
-    answered."""
+    answered, how often in a row none did."""
 
     last: str = ""
     accepted: dict[str, Tasks] = field(default_factory=dict)
@@ -77,6 +77,7 @@ class _Memory:
     mute: dict[Path, float] = field(default_factory=dict)
     spoken: set[Path] = field(default_factory=set)
     turns: int = 0
+    unanswered: int = 0
 
 
 class DnsTasks:
@@ -112,10 +113,14 @@ class DnsTasks:
             and not (item.name in memory.trouble and memory.trouble[item.name].until > now)
         ]
         order = self._order(memory, sandboxes, now)
-        if asked and order:
-            self._decide(view, asked, order, sandboxes, memory, decided)
+        if asked and not self._decide(view, asked, order, sandboxes, memory, decided):
+            memory.unanswered += 1
+        else:
+            memory.unanswered = 0
         by_list = {item.name for item in awake if not fits(item, view.name)}
         by_list |= {name for name, trouble in memory.trouble.items() if trouble.count >= SILENCES}
+        if memory.unanswered >= SILENCES:
+            by_list |= {item.name for item in asked}
         return Decision(decided, frozenset(by_list - decided.keys()))
 
     # --- which containers are queried
@@ -146,11 +151,11 @@ class DnsTasks:
         sandboxes: Mapping[Path, str],
         memory: _Memory,
         decided: dict[str, Tasks],
-    ) -> None:
-        """Query containers and add to `decided`."""
+    ) -> bool:
+        """Query containers and add to `decided`. Returns whether any answered."""
         first, answers = self._first(view, asked, order, memory)
         if first is None:
-            return
+            return False
         owner = memory.last = sandboxes[first]
         owners = len({sandboxes[path] for path in memory.spoken})
         changed = []
@@ -179,6 +184,7 @@ class DnsTasks:
                 memory.accepted[service.name] = decided[service.name] = found
             elif before is not None:
                 decided[service.name] = before
+        return True
 
     def _first(
         self, view: NetworkView, asked: list[Service], order: list[Path], memory: _Memory

@@ -195,10 +195,10 @@ class NetworkPoll:
         by_list: frozenset[str] = frozenset(),
     ) -> NetworkState:
         shared, now = self._state, self._state.clock()
-        state = next_state(network, view, answers, before, now)
+        state = next_state(network, view, answers, before, now, by_list)
         option, labels = options.balance(network.options), shared.labels
         found = balances(option, labels or {}, view, state.table, by_list)
-        state = replace(state, by_list=by_list, balances=found, labelled=labels is not None)
+        state = replace(state, balances=found, labelled=labels is not None)
         new_rules = (
             state.table is not before.table
             or found != before.balances

@@ -23,7 +23,8 @@ class NetworkState:
     is no newer one. `table` maps VIPs to tasks. `vanished` VIPs have no service any more, since the
     given time. `idle` services have only tasks that take no connections, since the given time.
     `unlisted` and `unknown`: see the functions. For services in `by_list` only the engine's list
-    names the tasks. `balances`: see `balance.balances`; `labelled`: it knew the services' labels.
+    names the tasks. `inactive`: by service name, the listed tasks that took no connections when DNS
+    last answered. `balances`: see `balance.balances`; `labelled`: it knew the services' labels.
     """
 
     view: NetworkView | None = None
@@ -35,6 +36,7 @@ class NetworkState:
     unlisted: frozenset[IPv4Address] = frozenset()
     unknown: frozenset[str] = frozenset()
     by_list: frozenset[str] = frozenset()
+    inactive: dict[str, frozenset[IPv4Address]] = field(default_factory=dict)
     balances: dict[IPv4Address, Balance] = field(default_factory=dict)
     labelled: bool = False
 
@@ -65,25 +67,48 @@ def unknown(view: NetworkView, answers: Mapping[str, object]) -> frozenset[str]:
     return frozenset(item.name for item in view.services if item.vip is not None) - answers.keys()
 
 
+def _known(service: Service, before: NetworkState) -> frozenset[IPv4Address] | None:
+    """The tasks to which the service's VIP led before; None if the service is new."""
+    if before.view is None or service.vip not in before.table:
+        return None
+    for known in before.view.services:
+        if (known.name, known.vip) == (service.name, service.vip):
+            return frozenset(before.table[service.vip])
+    return None
+
+
+def _inactive(
+    network: Network,
+    service: Service,
+    before: NetworkState,
+    active: Collection[IPv4Address] | None,
+) -> frozenset[IPv4Address]:
+    """Listed tasks that take no connections by DNS's last answer."""
+    listed = frozenset(own_addresses(network, (task.address for task in service.tasks)))
+    if active is not None:
+        return listed - frozenset(active)
+    if _known(service, before) is None:
+        return frozenset()
+    return listed & before.inactive.get(service.name, frozenset())
+
+
 def _tasks(
-    network: Network, service: Service, before: NetworkState, active: Collection[IPv4Address] | None
+    network: Network,
+    service: Service,
+    before: NetworkState,
+    active: Collection[IPv4Address] | None,
+    *,
+    by_list: bool,
 ) -> tuple[IPv4Address, ...]:
     listed = own_addresses(network, (task.address for task in service.tasks))
     if active is None:
-        # DNS gave no answer. A task that took no connections before takes none now.
-        active = frozenset(listed) - _inactive(service, before)
+        known = _known(service, before)
+        if known is not None and not by_list:
+            # The answer may come next time. A task that is new is perhaps not healthy yet.
+            active = known
+        else:
+            active = frozenset(listed) - _inactive(network, service, before, active)
     return tuple(address for address in listed if address in active)
-
-
-def _inactive(service: Service, before: NetworkState) -> frozenset[IPv4Address]:
-    if before.view is None or service.vip is None or service.vip not in before.table:
-        return frozenset()
-    for known in before.view.services:
-        if known.name == service.name:
-            return frozenset(task.address for task in known.tasks) - frozenset(
-                before.table[service.vip]
-            )
-    return frozenset()
 
 
 def next_state(
@@ -92,10 +117,18 @@ def next_state(
     answers: Mapping[str, frozenset[IPv4Address]],
     before: NetworkState,
     now: float,
+    by_list: Collection[str] = (),
 ) -> NetworkState:
-    """The state after `before`, when the engine lists `view` and DNS gives `answers`."""
+    """The state after `before`, when the engine lists `view` and DNS gives `answers`; for services
+    in `by_list` no answers are to be expected, so their list decides."""
     table: VipTable = {
-        service.vip: _tasks(network, service, before, answers.get(service.name))
+        service.vip: _tasks(
+            network,
+            service,
+            before,
+            answers.get(service.name),
+            by_list=service.name in by_list,
+        )
         for service in view.services
         if service.vip is not None
     }
@@ -127,4 +160,10 @@ def next_state(
         idle,
         unlisted(network, view, answers),
         unknown(view, answers),
+        frozenset(by_list),
+        inactive={
+            service.name: _inactive(network, service, before, answers.get(service.name))
+            for service in view.services
+            if service.vip is not None
+        },
     )

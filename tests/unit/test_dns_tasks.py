@@ -81,7 +81,9 @@ class World:
         view = NetworkView("n", "net", "freeflow:latest", services=self.services)
         decision = self.active.ask(view, self.state, self.owners)
         self.by_list = decision.by_list
-        self.state = next_state(NETWORK, view, decision.tasks, self.state, self.now)
+        self.state = next_state(
+            NETWORK, view, decision.tasks, self.state, self.now, decision.by_list
+        )
         return self.state.table[VIP]
 
 
@@ -220,6 +222,29 @@ def test_lost_answers_change_nothing(tmp_path: Path) -> None:
     world.truth["web"] = frozenset({at(8)})
     world.look()
     assert world.look() == (at(8),)
+    assert world.by_list == frozenset()
+
+
+@pytest.mark.parametrize("mute", [True, False], ids=["all mute", "lost"])
+def test_a_new_task_waits_for_an_answer(tmp_path: Path, mute: bool) -> None:
+    """While answers are missing, a new task takes no connections, because it may not be healthy
+    yet. If they don't come at all, the engine's list decides.
+    """
+    world = World(tmp_path, "a", "b")
+    assert world.look() == (at(7), at(8))
+    if mute:
+        world.mute = {"a", "b"}
+    else:
+        world.lost = {"web"}
+    world.services = (service("web", 7, 8, 9),)
+    tables = [world.look() for _ in range(SILENCES)]
+    assert tables[:-1] == [(at(7), at(8))] * (SILENCES - 1)
+    assert tables[-1] == (at(7), at(8), at(9))
+    assert world.by_list == {"web"}
+    world.mute.clear()
+    world.lost.clear()
+    tables = [world.look() for _ in range(10)]
+    assert tables[-1] == (at(7), at(8))
     assert world.by_list == frozenset()
 
 

@@ -54,8 +54,9 @@ def after(
     listed: NetworkView,
     answers: dict[str, frozenset[IPv4Address]],
     now: float = 0.0,
+    by_list: frozenset[str] = frozenset(),
 ) -> NetworkState:
-    return next_state(NETWORK, listed, answers, before, now)
+    return next_state(NETWORK, listed, answers, before, now, by_list)
 
 
 START = NetworkState()
@@ -74,12 +75,14 @@ def test_nobody_could_be_asked() -> None:
     assert state.table == {VIP: (at(7), at(8))}
 
 
-def test_a_task_that_left_stays_away() -> None:
-    """A task that took no connections doesn't come back while nobody can be asked; a new one
-    counts."""
+def test_without_an_answer_nothing_is_added() -> None:
+    """A task that took no connections doesn't come back while nobody can be asked. A new one, which
+    may not be healthy yet, waits for an answer, unless none is to be expected."""
     first = after(START, view(service("web", VIP, 7, 8)), {"web": active(7)})
-    second = after(first, view(service("web", VIP, 7, 8, 9)), {})
-    assert second.table == {VIP: (at(7), at(9))}
+    listed = view(service("web", VIP, 7, 8, 9))
+    second = after(first, listed, {})
+    assert second.table == {VIP: (at(7),)}
+    assert after(second, listed, {}, by_list=frozenset({"web"})).table == {VIP: (at(7), at(9))}
 
 
 def test_a_task_that_is_no_longer_listed_goes() -> None:
