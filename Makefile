@@ -117,10 +117,10 @@ encryption: setup library ebpf relay plugin ## encrypted networks of the built p
 long: setup library verbs ebpf relay plugin prepare ## tests that take minutes each, and that `make test` leaves out
 	$(PYTHON) -m pytest -m long
 
-torture: setup library verbs ## a million races of bells; the torture test for an hour, and for an hour with each sanitizer; all of perftest; 1,000 lost links
+torture: setup library verbs relay ## a million races of bells; the torture test for an hour, and for an hour with each sanitizer; all of perftest, on one host and between two; 1,000 lost links
 	BELL_ROUNDS=$${BELL_ROUNDS:-1000000} $(PYTHON) -m pytest tests/dataplane/test_bells.py
 	TORTURE_SECONDS=$${TORTURE_SECONDS:-3600} $(PYTHON) -m pytest tests/dataplane/test_torture.py -k 'accelerated or library' -o faulthandler_timeout=0
-	HERD_CLIENTS=50 PERFTEST_ALL=1 $(PYTHON) -m pytest tests/verbs/test_herd.py tests/verbs/test_perftest.py
+	HERD_CLIENTS=50 PERFTEST_ALL=1 $(PYTHON) -m pytest tests/verbs/test_herd.py tests/verbs/test_perftest.py tests/verbs/test_far_applications.py -k 'herd or perftest'
 	RELAY_LOSSES=$${RELAY_LOSSES:-1000} $(PYTHON) -m pytest tests/relay/test_tcp.py -k again --timeout=0 -o faulthandler_timeout=0
 
 lint: setup ## ruff, mypy, shellcheck, clang-format; the width of prose, the subjects of commits

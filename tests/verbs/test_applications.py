@@ -143,11 +143,15 @@ def finish(process: subprocess.Popen[str]) -> str:
 )
 def test_applications(made: NamespaceBed, name: str, test: str) -> None:
     """Each test of an application succeeds, and says nothing of errors."""
-    application = APPLICATIONS[name]
+    a, b = made.containers.values()
+    exchange(a, b, APPLICATIONS[name], test)
+
+
+def exchange(a: BedContainer, b: BedContainer, application: Application, test: str) -> None:
+    """Run a test of an application whose server is in the first container."""
     program = application.program.split()[0]
     if shutil.which(program) is None:
         pytest.skip(f"missing: {program} (make setup)")
-    a, b = made.containers.values()
     wait_until("nobody to listen", lambda: not listens(a, application.port))
     same = test if program == "fi_pingpong" else ""
     server = start(a, inside(application, f"{application.program} {same}"))
@@ -165,10 +169,12 @@ def test_applications(made: NamespaceBed, name: str, test: str) -> None:
 AGENT: Final = """#!/bin/sh
 host=$1
 shift
-exec nsenter --net=$(cat {folder}/$host) unshare --mount sh -c '{mounts}' sh "$*"
+. {folder}/$host
+export shared
+exec nsenter --net="$namespace" unshare --mount sh -c '{mounts}' sh "$*"
 """
 MOUNTS: Final = (
-    "mount -t tmpfs tmpfs /run && mkdir -p /run/freeflow && mount --bind {shared} /run/freeflow && "
+    'mount -t tmpfs tmpfs /run && mkdir -p /run/freeflow && mount --bind "$shared" /run/freeflow && '
     'exec sh -c "$1"'
 )
 
@@ -176,16 +182,21 @@ MOUNTS: Final = (
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_mpi(made: NamespaceBed, tmp_path: Path, ranks: int) -> None:
     """Programs of Open MPI exchange messages of all sizes over UCX, each byte as it was sent."""
+    a, b = made.containers.values()
+    exchange_mpi(a, b, tmp_path, ranks)
+
+
+def exchange_mpi(a: BedContainer, b: BedContainer, folder: Path, ranks: int) -> None:
+    """Run a program of Open MPI with half of its ranks in each container."""
     for program in ("mpicc", "mpirun"):
         if shutil.which(program) is None:
             pytest.skip(f"missing: {program} (make setup)")
     source = Path(__file__).with_name("mpi.c")
-    subprocess.run(["mpicc", "-O2", "-o", tmp_path / "mpi", source], check=True)
-    a, b = made.containers.values()
+    subprocess.run(["mpicc", "-O2", "-o", folder / "mpi", source], check=True)
     for box in (a, b):
-        (tmp_path / str(box.ipv4)).write_text(box.path)
-    agent = tmp_path / "agent"
-    agent.write_text(AGENT.format(folder=tmp_path, mounts=MOUNTS.format(shared=made.shared)))
+        (folder / str(box.ipv4)).write_text(f"namespace={box.path} shared={box.shared}\n")
+    agent = folder / "agent"
+    agent.write_text(AGENT.format(folder=folder, mounts=MOUNTS))
     agent.chmod(0o755)
     exported = [f"LD_PRELOAD={PRELOADED}", "UCX_TLS=rc_v,ud_v,self", "UCX_NET_DEVICES=freeflow0:1"]
     command = [
@@ -194,7 +205,7 @@ def test_mpi(made: NamespaceBed, tmp_path: Path, ranks: int) -> None:
         *("--map-by", "node", "--mca", "plm_rsh_agent", str(agent), "--mca", "pml", "ucx"),
         *("--mca", "btl", "^openib", "--mca", "osc", "ucx"),
         *(word for each in exported for word in ("-x", each)),
-        str(tmp_path / "mpi"),
+        str(folder / "mpi"),
     ]
     said = finish(start(a, command))
     assert f"{ranks} ranks" in said, said

@@ -35,6 +35,7 @@ PROGRAMS: Final = {
 }
 """Each program, and the types of queue pairs that it knows."""
 OPTIONS: Final = ("", "-e", "-R", "-q 3", "-b", "-I 64", "-a", "--use-srq", "-r 64", "-s 100000")
+ALL: Final = bool(os.environ.get("PERFTEST_ALL"))
 SHORT: Final = (
     "ib_send_bw -c RC -b -R",
     "ib_send_lat -c UD -e",
@@ -92,13 +93,18 @@ def connect(server: subprocess.Popen[str], box: BedContainer, client: list[str])
     return end(asked)
 
 
-@pytest.mark.parametrize("test", all_tests() if os.environ.get("PERFTEST_ALL") else SHORT)
+@pytest.mark.parametrize("test", all_tests() if ALL else SHORT)
 def test_perftest(made: NamespaceBed, test: str) -> None:
     """The program does its test at both ends, and fails at none."""
+    a, b = made.containers.values()
+    measure(a, b, test)
+
+
+def measure(a: BedContainer, b: BedContainer, test: str) -> None:
+    """Run a test whose server is in the first container."""
     program = test.split()[0]
     if shutil.which(program) is None:
         pytest.skip(f"missing: {program} (make setup)")
-    a, b = made.containers.values()
     count = f"-n {5 if '-a' in test.split() else 200}"
     application = Application(program, PORT, "", ())
     wait_until("nobody to listen", lambda: not listens(a, PORT))

@@ -6,6 +6,7 @@ The server has no TCP port. Its module needs librdmacm and libibverbs; `valkey-c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -95,11 +96,18 @@ class ValkeyServer:
 
 @pytest.fixture
 def server(made: NamespaceBed) -> Iterator[ValkeyServer]:
+    a, b = made.containers.values()
+    with served(a, b) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def served(a: BedContainer, b: BedContainer) -> Iterator[ValkeyServer]:
+    """A server in the first container."""
     try:
         programs = valkey()
     except (NotPreparedError, SuiteAbsentError) as error:
         pytest.skip(str(error))
-    a, b = made.containers.values()
     # Not in pytest's folder, which is root's alone.
     with TemporaryDirectory(prefix="freeflow-valkey-") as name:
         folder = Path(name)
@@ -114,14 +122,19 @@ def operations(made: NamespaceBed) -> int:
     return made.router.statistics().verbs.operations
 
 
-def test_values(made: NamespaceBed, server: ValkeyServer) -> None:
-    """Values of all sizes are read as they were written, over queue pairs."""
-    before = operations(made)
-    for size in (0, 1, 4096, LARGE):
+def store_and_read(server: ValkeyServer, *sizes: int) -> None:
+    """Values are read as they were written."""
+    for size in sizes:
         value = os.urandom(size)
         assert server.ask("SET", f"key{size}", data=value) == b"OK"
         assert server.ask("GET", f"key{size}") == value
-    assert server.ask("DBSIZE") == b"4"
+    assert server.ask("DBSIZE") == str(len(sizes)).encode()
+
+
+def test_values(made: NamespaceBed, server: ValkeyServer) -> None:
+    """Values of all sizes are read as they were written, over queue pairs."""
+    before = operations(made)
+    store_and_read(server, 0, 1, 4096, LARGE)
     wait_until("operations of queue pairs", lambda: operations(made) > before)
 
 
