@@ -21,11 +21,13 @@ rm -rf "$cache"
 mkdir -p "$cache"
 beside=build/swarm.txt
 
-# part NAME NICENESS ARGUMENT…: run a part of the tests, and remember which fail.
+# part NAME NICENESS ARGUMENT…: run a part of the tests, and remember which fail. Its times are in
+# build/pytest/NAME.xml.
 part() {
         name=$1 niceness=$2
         shift 2
-        nice -n "$niceness" "$python" -m pytest -m "not long" -o cache_dir="$cache/$name" "$@"
+        nice -n "$niceness" "$python" -m pytest -m "not long" -o cache_dir="$cache/$name" \
+                --junit-xml="$cache/$name.xml" "$@"
 }
 
 # failed NAME: the tests of a part that have failed, one on a line.
@@ -46,7 +48,7 @@ again() {
         names=$(failed "$1")
         [ "$2" = 1 ] && [ "$(printf '%s\n' "$names" | wc -l)" -le "$few" ] || return "$2"
         echo "Once more, alone: $names"
-        part "$1" 0 --last-failed --last-failed-no-failures=none || return
+        part "$1" 0 --junit-xml="$cache/$1-again.xml" --last-failed --last-failed-no-failures=none || return
         only_alone="$only_alone$names
 "
 }
