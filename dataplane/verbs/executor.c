@@ -233,22 +233,24 @@ static enum step take_write(struct queue_pair *queue, const struct cq *polled)
                                                 : STEP_DONE;
 }
 
-/* Put an answer with these bytes. */
-static enum step answer(struct queue_pair *queue, void *bytes, uint32_t length)
+/* Under `sending`: put an answer with these bytes. */
+static enum record_outcome put_answer(struct queue_pair *queue, void *bytes, uint32_t length)
 {
         struct iovec vec = {.iov_base = bytes, .iov_len = length};
         struct cursor cursor = {.vec = &vec};
         struct record response = {
             .length = length, .operation = RECORD_RESPONSE, .psn = queue->receiver.now.psn};
-        enum record_outcome outcome;
+        enum record_outcome outcome = record_put(&queue->sender, &response, &cursor);
 
-        mutex_take(&queue->sending);
-        outcome = record_put(&queue->sender, &response, &cursor);
         /* It says as much as DONE would. */
         if (outcome == RECORD_OK && view_remote(&queue->sender.view))
                 queue->done_told = response.psn + 1;
-        mutex_release(&queue->sending);
         queue->answers |= outcome == RECORD_OK;
+        return outcome;
+}
+
+static enum step step_of(enum record_outcome outcome)
+{
         if (outcome == RECORD_OK)
                 return STEP_DONE;
         return outcome == RECORD_WAIT ? STEP_LATER : STEP_CORRUPT;
@@ -266,7 +268,9 @@ static enum step take_read(struct queue_pair *queue)
         if (!allows(queue, IBV_ACCESS_REMOTE_READ) ||
             (use.length && key_hold(&memory_keys, &use, &first) != KEY_HELD))
                 return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
-        step = answer(queue, first, record->total);
+        mutex_take(&queue->sending);
+        step = step_of(put_answer(queue, first, record->total));
+        mutex_release(&queue->sending);
         if (use.length) {
                 direct_allowed(queue, use.key);
                 key_release(&memory_keys, use.key);
@@ -274,52 +278,62 @@ static enum step take_read(struct queue_pair *queue)
         return step;
 }
 
-/* Execute an atomic operation on a word of the program's. */
-static uint64_t change(struct record_receiver *receiver, _Atomic uint64_t *word)
+/* Under `sending`: execute an atomic operation on a word of the program's. The answer is in the
+ * ring before the word changes, so that it is there if the program sees the change and ends. */
+static enum record_outcome change(struct queue_pair *queue, _Atomic uint64_t *word)
 {
-        uint64_t operands[2] = {0};
+        struct record_receiver *receiver = &queue->receiver;
+        uint64_t operands[2] = {0}, before = atomic_load(word), after;
         struct iovec vec = {.iov_base = operands, .iov_len = sizeof operands};
         struct cursor cursor = {.vec = &vec};
+        enum record_outcome outcome;
 
+        receiver->taken = 0;
         record_take(receiver, &cursor, receiver->now.length);
-        if (receiver->now.operation == RECORD_ADD)
-                return atomic_fetch_add(word, operands[0]);
-        /* Also if it fails, it is set to the word as it was. */
-        atomic_compare_exchange_strong(word, &operands[0], operands[1]);
-        return operands[0];
+        queue_publish_put(queue);
+        for (;;) {
+                const struct record_sender sender = queue->sender;
+
+                outcome = put_answer(queue, &before, sizeof before);
+                if (outcome != RECORD_OK)
+                        return outcome;
+                after = receiver->now.operation == RECORD_ADD ? before + operands[0] : operands[1];
+                if (receiver->now.operation == RECORD_SWAP && before != operands[0])
+                        after = before;
+                record_show(receiver);
+                if (atomic_compare_exchange_strong(word, &before, after))
+                        break;
+                queue->sender = sender;
+        }
+        /* The program may have seen it. */
+        queue_publish_put(queue);
+        return RECORD_OK;
 }
 
-/* The answer may have to wait, the operation must not be executed again then. */
+/* It isn't executed before there is room for its answer. */
 static enum step take_atomic(struct queue_pair *queue)
 {
         const struct record *record = &queue->receiver.now;
         struct key_use use = remote_use(queue, KEY_REMOTE_ATOMIC, WORD);
+        enum record_outcome outcome;
         unsigned char *first;
-        enum step step;
 
-        if (!queue->swapped) {
-                if (record->address % WORD || !queue->attributes.max_dest_rd_atomic)
-                        return refuse(queue, REFUSED_REQUEST, QUEUE_REQUEST_ERROR);
-                if (!allows(queue, IBV_ACCESS_REMOTE_ATOMIC) ||
-                    key_hold(&memory_keys, &use, &first) != KEY_HELD)
-                        return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
-                if ((uintptr_t)first % WORD) {
-                        key_release(&memory_keys, use.key);
-                        return refuse(queue, REFUSED_REQUEST, QUEUE_REQUEST_ERROR);
-                }
-                tell_answers(queue);
-                queue->swapped_from = change(&queue->receiver, (_Atomic uint64_t *)(void *)first);
+        if (record->address % WORD || !queue->attributes.max_dest_rd_atomic)
+                return refuse(queue, REFUSED_REQUEST, QUEUE_REQUEST_ERROR);
+        if (!allows(queue, IBV_ACCESS_REMOTE_ATOMIC) || key_hold(&memory_keys, &use, &first) != KEY_HELD)
+                return refuse(queue, REFUSED_ACCESS, QUEUE_ACCESS_ERROR);
+        if ((uintptr_t)first % WORD) {
                 key_release(&memory_keys, use.key);
-                direct_allowed(queue, use.key);
-                queue->swapped = true;
+                return refuse(queue, REFUSED_REQUEST, QUEUE_REQUEST_ERROR);
         }
-        step = answer(queue, &queue->swapped_from, WORD);
-        if (step != STEP_DONE)
-                return step;
-        queue->swapped = false;
-        /* The program may have seen it. */
-        tell_answers(queue);
-        return STEP_DONE;
+        mutex_take(&queue->sending);
+        outcome = change(queue, (_Atomic uint64_t *)(void *)first);
+        mutex_release(&queue->sending);
+        key_release(&memory_keys, use.key);
+        if (outcome == RECORD_OK)
+                direct_allowed(queue, use.key);
+        queue->answers = false;
+        return step_of(outcome);
 }
 
 /* --- */

@@ -92,6 +92,21 @@ static void wake_senders(struct queue_pair *queue, struct ring *in)
         queue_pairer->ring(queue, &in->senders);
 }
 
+/* All that the other side had published was taken: take an answer that it could not publish any
+ * more, or part from it. */
+static bool part(struct queue_pair *queue, const struct cq *polled)
+{
+        bool found;
+
+        mutex_take(&queue->sending);
+        found = requester_find_answer(queue);
+        mutex_release(&queue->sending);
+        if (found && executor_run(queue, polled))
+                return true;
+        queue_part(queue);
+        return false;
+}
+
 bool progress_make(struct queue_pair *queue, const struct cq *polled, bool wait)
 {
         struct ring *in = atomic_load_explicit(&queue->in, memory_order_acquire);
@@ -107,7 +122,7 @@ bool progress_make(struct queue_pair *queue, const struct cq *polled, bool wait)
 
                 did = executor_run(queue, polled);
                 if (parted && !did)
-                        queue_part(queue);
+                        did = part(queue, polled);
                 mutex_release(&queue->receiving);
                 if (did)
                         wake_senders(queue, in);

@@ -428,7 +428,7 @@ static void forget(struct queue_pair *queue)
         receive_queue_clear(&queue->receives);
         memset(&queue->sender, 0, sizeof queue->sender);
         memset(&queue->receiver, 0, sizeof queue->receiver);
-        queue->ready = queue->credit_due = queue->close_due = queue->busy = queue->swapped = false;
+        queue->ready = queue->credit_due = queue->close_due = queue->busy = false;
         queue->draining = queue->died = queue->unheard = queue->skips = false;
         queue->ahead = (struct record_receiver){0};
         queue->dry = false;

@@ -151,12 +151,10 @@ struct queue_pair {
         bool leaves;                  /* progress_finish() */
         bool answers;                 /* some were put, and are not published */
         struct record_receiver ahead; /* while it does: up to where answers behind it were taken */
-        bool swapped;                 /* the atomic operation that comes next is executed, with this result */
-        uint64_t swapped_from;
-        uint64_t dry_since;        /* UD, ns: since when a datagram waits for a receive; 0: none does */
-        bool dry;                  /* none waits any more */
-        _Atomic uint32_t consumed; /* receives, or lost messages for which there were none */
-        _Atomic uint32_t lost;     /* of the latter */
+        uint64_t dry_since;           /* UD, ns: since when a datagram waits for a receive; 0: none does */
+        bool dry;                     /* none waits any more */
+        _Atomic uint32_t consumed;    /* receives, or lost messages for which there were none */
+        _Atomic uint32_t lost;        /* of the latter */
 };
 
 /* What pairs queue pairs: pair.h. */

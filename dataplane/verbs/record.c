@@ -289,6 +289,22 @@ void record_skip(struct record_receiver *receiver)
         receiver->held = false;
 }
 
+bool record_publish_answer(const struct view *view, uint32_t psn, uint32_t length)
+{
+        uint64_t tail;
+        struct record found;
+
+        if (!view->ring || view_remote(view))
+                return false;
+        tail = atomic_load_explicit(&view->ring->tail, memory_order_acquire);
+        copy_header(view, tail - atomic_load_explicit(&view->ring->base, memory_order_relaxed), &found,
+                    false);
+        if (found.operation != RECORD_RESPONSE || found.psn != psn || found.length != length)
+                return false;
+        atomic_store_explicit(&view->ring->tail, tail + record_size(length), memory_order_release);
+        return true;
+}
+
 void record_show(struct record_receiver *receiver)
 {
         uint64_t behind = receiver->head + record_size(receiver->now.length);

@@ -61,7 +61,9 @@
  * sees the last thing for which it has waited, and the request has to complete at the other side
  * all the same. So `head` passes a message before its receive completes. A write can't be behind
  * `head` before all of it is written: `visible` passes it before its last bytes are. Answers to
- * requests before it are published by then.
+ * requests before it are published by then. The answer to an atomic operation is in the ring before
+ * its word changes, and is published behind that. If the process ends in between, the other side
+ * publishes it in its place. Between hosts it can't: relays move only what is published.
  *
  * A process publishes whole records; relays publish bytes. Both sides may write anything at any
  * time. So each header is copied before it is checked, it is never read again, and positions are
@@ -221,6 +223,9 @@ enum record_outcome record_next(struct record_receiver *receiver);
 void record_take(struct record_receiver *receiver, struct cursor *to, uint32_t size);
 /* Go on behind `now`, for a copy of a receiver: what the other side knows is not changed. */
 void record_skip(struct record_receiver *receiver);
+/* In place of the other side, which has ended: publish an answer that it has put. False: there is
+ * none with this number and length. */
+bool record_publish_answer(const struct view *view, uint32_t psn, uint32_t length);
 /* What `now` does is about to be visible to the program. */
 void record_show(struct record_receiver *receiver);
 /* `now` was executed: its room is free. The caller then wakes senders. */

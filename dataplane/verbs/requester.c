@@ -316,6 +316,15 @@ static struct send_work *find_asking(struct send_queue *sends)
         return NULL;
 }
 
+bool requester_find_answer(struct queue_pair *queue)
+{
+        const struct send_work *work = find_asking(&queue->sends);
+
+        return work && work->whole && work->opcode != IBV_WR_RDMA_READ &&
+               record_was_visible(&queue->sender, work->behind) &&
+               record_publish_answer(&queue->receiver.view, work->psn, sizeof(uint64_t));
+}
+
 static bool take_response(struct queue_pair *queue, struct record_receiver *receiver)
 {
         const struct record *record = &receiver->now;

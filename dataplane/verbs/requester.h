@@ -31,6 +31,10 @@ void requester_push(struct queue_pair *queue);
 void requester_complete(struct queue_pair *queue, const struct cq *polled);
 /* The other side's answer to a request, or a note of it. False: it breaks the rules. */
 bool requester_answer(struct queue_pair *queue, struct record_receiver *receiver, const struct cq *polled);
+/* The other side has ended, and all that it has published was taken. Its program may have seen what
+ * an atomic operation has done: then its answer is in the ring, and is to be taken now. False:
+ * there is none. */
+bool requester_find_answer(struct queue_pair *queue);
 /* Has the oldest request waited for too long? Called after all that came in has been executed. */
 void requester_check_time(struct queue_pair *queue);
 

@@ -9,7 +9,7 @@
  */
 #include "queue_bed.h"
 
-enum { SIZE = 300000, OPEN = 8, RECEIVES = 150, MOST_SECONDS = 60 };
+enum { SIZE = 300000, OPEN = 8, RECEIVES = 150, MOST_SECONDS = 60, THE_WORD = 1000000 /* of atomics */ };
 
 /* What the two processes tell each other. */
 static struct board {
@@ -53,6 +53,18 @@ void __wrap_key_release(struct keys *table, uint32_t key)
         if (watched && atomic_load(watched))
                 _exit(0);
         __real_key_release(table, key);
+}
+
+/* Called when what was put is published. The word of an atomic operation has changed by then. */
+static bool watches_word;
+void __real_queue_publish_put(struct queue_pair *queue);
+void __wrap_queue_publish_put(struct queue_pair *queue);
+
+void __wrap_queue_publish_put(struct queue_pair *queue)
+{
+        if (watches_word && atomic_load(watched))
+                _exit(0);
+        __real_queue_publish_put(queue);
 }
 
 /* --- pairing: the rings are there already */
@@ -125,6 +137,7 @@ static void post(enum ibv_wr_opcode opcode, uint32_t length)
         struct ibv_send_wr wr = {.opcode = opcode, .sg_list = &list, .num_sge = 1}, *bad;
 
         if (opcode == IBV_WR_ATOMIC_FETCH_AND_ADD) {
+                wr.wr.atomic.compare_add = 1;
                 wr.wr.atomic.remote_addr = atomic_load(&board->area);
                 wr.wr.atomic.rkey = atomic_load(&board->key);
         } else {
@@ -160,6 +173,9 @@ static const struct {
     {0, 70001, {{IBV_WR_RDMA_WRITE, 70001}}, 1},
     {0, 200, {{IBV_WR_RDMA_READ, 8}, {IBV_WR_RDMA_WRITE, 200}}, 2},
     {0, 200, {{IBV_WR_SEND, 8}, {IBV_WR_ATOMIC_FETCH_AND_ADD, 8}, {IBV_WR_RDMA_WRITE, 200}}, 3},
+    {0, THE_WORD, {{IBV_WR_ATOMIC_FETCH_AND_ADD, 8}}, 1},
+    {0, THE_WORD, {{IBV_WR_ATOMIC_FETCH_AND_ADD, 8}, {IBV_WR_ATOMIC_FETCH_AND_ADD, 8}}, 1},
+    {0, THE_WORD, {{IBV_WR_RDMA_READ, 8}, {IBV_WR_ATOMIC_FETCH_AND_ADD, 8}, {IBV_WR_SEND, 8}}, 2},
 };
 
 enum { CASES = sizeof cases / sizeof *cases };
@@ -170,7 +186,10 @@ static void execute_and_end(int number)
 
         start(number % 2, RECEIVES);
         receives_left = cases[number / 2].receives;
-        if (cases[number / 2].watched) {
+        if (cases[number / 2].watched == THE_WORD) {
+                watched = (const _Atomic uint64_t *)(void *)memory;
+                watches_word = true;
+        } else if (cases[number / 2].watched) {
                 last = memory + 8 + cases[number / 2].watched - 1;
                 watched = (const _Atomic uint64_t *)(void *)(last - (uintptr_t)last % 8);
         }
@@ -229,6 +248,7 @@ static void check_case(int number, bool remote, pid_t child)
         wait_for_child(child);
         tell_loss(remote);
         expect(cases[number / 2].executed, posted);
+        CHECK(cases[number / 2].watched != THE_WORD || *(const uint64_t *)(void *)memory == 0);
 }
 
 /* Many answers wait behind a message for which there is no receive: all are taken before the rest
@@ -287,6 +307,9 @@ static void run(int number, bool remote)
         alarm(MOST_SECONDS);
         memset(board, 0, sizeof *board);
         rings = new_rings(remote);
+        /* A relay publishes an answer later than the other side can see its word. */
+        if (remote && number < 2 * CASES && cases[number / 2].watched == THE_WORD)
+                return;
         child = fork();
         CHECK(child >= 0);
         if (!child) {

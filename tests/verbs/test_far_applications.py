@@ -71,11 +71,11 @@ def hosts(request: pytest.FixtureRequest, library: Path) -> Iterator[Hosts]:
 @pytest.fixture
 def boxes(hosts: Hosts) -> Iterator[tuple[BedContainer, BedContainer]]:
     """A container of each host. What runs in them uses the relays, and leaves nothing behind."""
-    before = hosts[0].counts()
+    before = [host.counts() for host in hosts]
     yield hosts[0].containers["a"], hosts[1].containers["b"]
-    wait_until("queue pairs", lambda: hosts[0].counts().granted > before.granted)
+    wait_until("queue pairs", lambda: hosts[0].counts().granted > before[0].granted)
     until_empty(hosts)
-    assert [host.counts().broken for host in hosts] == [0, 0]
+    assert [host.counts().broken for host in hosts] == [each.broken for each in before]
 
 
 Boxes = tuple[BedContainer, BedContainer]

@@ -40,7 +40,11 @@ def test_peer_that_ends(tmp_path: Path, sanitizer: str) -> None:
     """What a process has executed completes at its peer, wherever the process ends once its program
     can see it: see `last_words.c`.
     """
-    wrapped = ("-Wl,--wrap=completions_put", "-Wl,--wrap=key_release")
+    wrapped = (
+        "-Wl,--wrap=completions_put",
+        "-Wl,--wrap=key_release",
+        "-Wl,--wrap=queue_publish_put",
+    )
     run_test(compile_test("last_words", tmp_path, sanitizer, *sources(), *wrapped))
 
 
