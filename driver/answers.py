@@ -6,6 +6,7 @@ Shapes: Docker Engine API, recorded from engines 20.10 to 28.5 in `tests/unit/da
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from ipaddress import (
     IPv4Address,
@@ -163,6 +164,43 @@ def parse_network(answer: Mapping[str, Any]) -> NetworkView:
         internal=answer.get("Internal") is True,
         labels=_texts(answer.get("Labels")),
         ingress=answer.get("Ingress") is True,
+        configuration=text_of(items(answer.get("ConfigFrom")).get("Network")),
+    )
+
+
+def parse_networks(listing: object) -> tuple[NetworkView, ...]:
+    """The views of `GET /networks`, each with what this host's configuration adds, and without the
+    configurations (--config-only), which no container can join.
+    """
+    answers = objects(listing)
+    known = {
+        text_of(each.get("Name")): view
+        for each in answers
+        if (view := parse_configuration(each)) is not None
+    }
+    views = (parse_network(each) for each in answers if each.get("ConfigOnly") is not True)
+    return tuple(configured(view, known.get(view.configuration)) for view in views)
+
+
+def parse_configuration(answer: Mapping[str, Any]) -> NetworkView | None:
+    """The view of a configuration (--config-only); None: it is none."""
+    return parse_network(answer) if answer.get("ConfigOnly") is True else None
+
+
+def configured(view: NetworkView, configuration: NetworkView | None) -> NetworkView:
+    """A network with what this host's configuration adds.
+
+    The engine takes that over when it uses the network (libnetwork's applyConfigurationTo). Before,
+    and in a manager's list always, the network is shown as the Swarm knows it, which has no labels
+    and no options of such a network.
+    """
+    if configuration is None:
+        return view
+    return replace(
+        view,
+        labels=view.labels or configuration.labels,
+        options=view.options or configuration.options,
+        subnets=view.subnets or configuration.subnets,
     )
 
 

@@ -21,14 +21,17 @@ import msgspec
 
 from driver.answers import (
     SERVICE_NAME,
+    configured,
     items,
     objects,
     ordered,
+    parse_configuration,
     parse_driver_names,
     parse_engine,
     parse_hostnames,
     parse_labels,
     parse_network,
+    parse_networks,
     text_of,
 )
 from driver.errors import EngineError
@@ -197,7 +200,8 @@ class DockerDirectory:
         return names
 
     def network(self, network_id: str, *, services: bool = False) -> NetworkView | None:
-        """The engine's view of a network; the same object as before if nothing has changed."""
+        """The engine's view of a network; the same object as before if nothing has changed, unless
+        a configuration of this host adds to it."""
         path = f"/networks/{urllib.parse.quote(network_id, safe='')}"
         if services:
             path += "?verbose=true"
@@ -210,12 +214,18 @@ class DockerDirectory:
         plain = ordered(answer)
         known = self._known.get(question)
         if known is not None and known[0] == plain:
-            return known[1]
+            return self._configured(known[1])
         view = parse_network(answer)
         if known is not None and known[1] == view:
             view = known[1]
         self._known[question] = (plain, view)
-        return view
+        return self._configured(view)
+
+    def _configured(self, view: NetworkView) -> NetworkView:
+        if not view.configuration or view.labels or view.options:
+            return view
+        answer = self._object(f"/networks/{urllib.parse.quote(view.configuration, safe='')}")
+        return configured(view, parse_configuration(answer or {}))
 
     def labels(self, key: str, *, manager: bool) -> dict[str, str]:
         containers = self._with_labels("/containers/json", key, SERVICE_NAME)
@@ -228,7 +238,7 @@ class DockerDirectory:
         return self._read(f"{path}?filters={urllib.parse.quote(filters)}", list[Any]) or []
 
     def all_networks(self) -> tuple[NetworkView, ...]:
-        return tuple(map(parse_network, objects(self._read("/networks", list[Any]))))
+        return parse_networks(self._read("/networks", list[Any]))
 
     def changed_networks(self) -> Iterator[str]:
         events = ["create", "connect", "disconnect", "destroy", "remove"]

@@ -138,7 +138,8 @@ class NetworkView:
     `scope` is the engine's: "swarm" for networks that Swarm distributes to the hosts. `others` are
     addresses of containers, on any host, that belong to no service. `options`, `subnets`, `ipv6`
     and `internal` serve to restore a network whose row is lost; `labels` are the user's. `ingress`:
-    it is the Swarm's own, for published ports.
+    it is the Swarm's own, for published ports. `configuration` is the name of the network of this
+    host from which the engine takes options, subnets and labels (--config-from).
     """
 
     id: str
@@ -155,6 +156,7 @@ class NetworkView:
     internal: bool = False
     labels: dict[str, str] = field(default_factory=dict)
     ingress: bool = False
+    configuration: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from testbed import Bed, Host, wait_until
 from testbed.images import WORKLOAD_IMAGE
 from testbed.patience import patience
-from testbed.process import run
+from testbed.process import CommandError, run
 from tests.swarm import busy
 from tests.swarm.conftest import (
     LIBRARY,
@@ -23,6 +24,7 @@ from tests.swarm.conftest import (
     address,
     make_network,
     make_service,
+    remove_containers,
     run_container,
     unique,
 )
@@ -64,6 +66,20 @@ def listed(host: Host, network: str) -> Any:
     """
     rows = host.status()["other_networks"]
     return next((row for row in rows if row["name"] == network), None)
+
+
+def check_gains(host: Host, network: str, client: str, line: str) -> None:
+    """`freeflow status` shows a network with this in its first line, and two connections or more in
+    shared memory; `freeflow connections` lists those of the client.
+    """
+    text = host.freeflow("status", check=False)
+    shown = text.partition(f"\nnetwork {network}  ")[2].partition("\nnetwork ")[0]
+    assert line in shown.splitlines()[0], text
+    moved = re.search(r"connections: (\d+) on shm", shown)
+    assert moved is not None, text
+    assert int(moved[1]) >= 2, text
+    rows = host.freeflow("connections").splitlines()
+    assert sum(client in row and " shm" in row for row in rows) >= 2, rows
 
 
 @contextmanager
@@ -136,9 +152,8 @@ def test_a_labelled_bridge_is_accelerated(bed: Bed) -> None:
                 row = listed(host, network)
                 assert row["driver"] == "bridge"
                 assert set(row["containers"]) == {server, client}
-                text = host.freeflow("status", check=False)
-                assert f"network {network}" in text
-                assert " on bridge" in text
+                line = f"bridge, {row['subnets'][0]}, accelerated within this host"
+                check_gains(host, network, client, line)
 
 
 def test_other_bridges_stay_as_they_are(manager: Host) -> None:
@@ -270,13 +285,16 @@ def test_the_same_subnet_again(manager: Host) -> None:
 
 def test_dockers_overlay(manager: Host) -> None:
     """On a labelled overlay of Docker's, connections to a container's name, to `tasks.NAME` and to
-    a service without a VIP (dnsrr) move, within one host; those to a VIP stay on TCP and work.
+    a service without a VIP (dnsrr) move, within one host, and status shows what it gains; those to
+    a VIP stay on TCP and work.
     """
     name = make_network(manager, *LABEL, driver="overlay")
     server, client = start_pair(manager, name)
     wait_answer(manager, client, server)
     with benchmark(manager, client, server):
         wait_shared(manager)
+        line = f"overlay, {listed(manager, name)['subnets'][0]}, accelerated within and between"
+        check_gains(manager, name, client, line)
     here = ("--constraint", f"node.hostname=={manager.name}")
     service = make_service(manager, name, REDIS, *LIBRARY, *here, replicas=1)
     wait_answer(manager, client, f"tasks.{service}")
@@ -293,6 +311,41 @@ def test_dockers_overlay(manager: Host) -> None:
         with benchmark(manager, client, service):
             found = wait_until("connections", lambda: paths(manager, ":6379"), 20)
             assert set(found) == {("overlay", "balanced")}
+
+
+def test_a_macvlan_network_of_the_swarm(bed: Bed, manager: Host) -> None:
+    """A Swarm's macvlan network has the label of each host's own configuration: its connections
+    move, on a manager and on a worker. Docker takes no label of the network itself.
+    """
+    hosts = (manager, bed.hosts[1])
+    name, configuration = unique("lan"), unique("lan-here")
+    used = ("-d", "macvlan", "--scope", "swarm", "--attachable", "--config-from", configuration)
+    for number, host in enumerate(hosts):
+        host.docker(
+            *("network", "create", "--config-only", *LABEL, "--subnet", "172.29.0.0/16"),
+            *("--ip-range", f"172.29.{number}.0/24", "-o", "parent=eth0", configuration),
+        )
+    manager.docker("network", "create", *used, name)
+    try:
+        with pytest.raises(CommandError):
+            manager.docker("network", "create", *used, *LABEL, f"{name}-labelled")
+        for host in hosts:
+            server, client = start_pair(host, name)
+            wait_answer(host, client, server)
+            with benchmark(host, client, server):
+                wait_shared(host)
+                line = "macvlan, 172.29.0.0/16, accelerated within this host"
+                check_gains(host, name, client, line)
+            assert listed(host, configuration) is None
+    finally:
+        for host in hosts:
+            remove_containers(host)
+        # A network can't be removed while a host still has the one that uses it.
+        for host, network in ((manager, name), *((host, configuration) for host in hosts)):
+            wait_until(
+                f"{network} to be removed",
+                lambda host=host, network=network: host.docker("network", "rm", network),  # type: ignore[misc]
+            )
 
 
 def test_a_container_leaves_the_network(manager: Host) -> None:
@@ -409,6 +462,23 @@ def test_a_compose_application_with_one_label(manager: Host, tmp_path: Path) -> 
     finally:
         compose("down", "-t", "1")
         manager.freeflow("runtime", "uninstall")
+
+
+def test_the_setting_includes_networks_without_a_label(manager: Host) -> None:
+    """With OTHER_NETWORKS=on connections on Docker's default network move too, which can have no
+    label.
+    """
+    busy.configure((manager,), {"OTHER_NETWORKS": "on"})
+    try:
+        server, client = start_pair(manager, "bridge")
+        target = address(manager, server, "bridge")
+        wait_answer(manager, client, target)
+        with benchmark(manager, client, target):
+            wait_shared(manager)
+        assert set(listed(manager, "bridge")["containers"]) == {server, client}
+    finally:
+        remove_containers(manager)
+        busy.configure((manager,), {"OTHER_NETWORKS": "off"})
 
 
 @pytest.mark.parametrize("what", ["plugin", "engine"])
