@@ -28,6 +28,7 @@ from bench import (
     quick,
     relay,
     report,
+    runtime_start,
     samehost,
     stats,
     subjects,
@@ -372,6 +373,7 @@ def main(
 COMMANDS: Final[dict[str, click.Command]] = {
     "quick": quick.main,
     "relay": relay.main,
+    "runtime": runtime_start.main,
     "plot": plot.main,
 }
 """Commands that need no two hosts; every other first word is a suite of `main`."""

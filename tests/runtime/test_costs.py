@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.errors import BenchError
+from bench.runtime_start import NOTHING, RuntimeCalls, added_row, again, measure
 from plugin.cli.program import HEAD, identify
 from testbed.patience import patience
 from tests.runtime.world import RuntimeWorld
@@ -92,3 +96,46 @@ def test_work_that_takes_too_long(world: RuntimeWorld) -> None:
     )
     assert world.passed() == arguments
     assert world.result() == before
+
+
+def bench_calls(world: RuntimeWorld) -> RuntimeCalls:
+    """The calls that `python -m bench runtime` measures, in the world instead of a host."""
+    world.runtime.unlink(missing_ok=True)
+    world.runtime.symlink_to(NOTHING)
+    return RuntimeCalls(
+        enter=(),
+        root=Path("/"),
+        bundle=world.bundle,
+        identifier=world.id,
+        program=str(world.program),
+        runc=str(world.runtime),
+        environment={
+            "PATH": str(world.runtime.parent),
+            "FREEFLOW_TEST_ROOT": str(world.top),
+            "FREEFLOW_TEST_PATIENCE": "100",
+        },
+    )
+
+
+def test_the_benchmark(world: RuntimeWorld) -> None:
+    """What is measured of a start is one with the library, beside one without; a call that doesn't
+    add it is an error and no figure.
+    """
+    before = again(world.config(), "/bench/again")
+    assert json.loads(before)["linux"]["cgroupsPath"] == "/bench/again"
+    assert "hooks" not in json.loads(before)
+    calls = bench_calls(world)
+    rows = measure("alone", "a start", calls, before, 3, random.Random(1))
+    assert set(rows) == {"alone", "alone_cpu"}
+    assert all(row["runs"] == 3 for row in rows.values())
+    assert rows["alone"]["freeflow"] > 0
+    world.describe({"bridge": ""})
+    with pytest.raises(BenchError, match="the library is not where it should be"):
+        measure("alone", "a start", calls, before, 3, random.Random(1))
+
+
+def test_what_a_round_adds() -> None:
+    """What is added is the median of the differences within a round, not that of the medians."""
+    row = added_row("x", [1.0, 5.0, 9.0], [3.0, 8.0, 10.0])
+    assert (row["direct"], row["freeflow"]) == (5.0, 8.0)
+    assert (row["added_low"], row["added"], row["added_high"], row["added_p99"]) == (1.5, 2, 2.5, 3)
