@@ -255,14 +255,19 @@ bool key_is_bound(const struct keys *keys, uint32_t key, uint32_t domain, uint32
 {
         const struct key_entry *entry = entry_of(keys, key);
 
-        return leads(keys, key, true) && entry->domain == domain && (!entry->queue || entry->queue == queue);
+        return leads(keys, key, true) && entry->domain == domain && entry->queue == queue;
+}
+
+void key_free_window(struct keys *keys, uint32_t key)
+{
+        key_unbind(keys, key_in(atomic_load_explicit(&entry_of(keys, key)->state, memory_order_relaxed)));
 }
 
 void key_remove_window(struct keys *keys, uint32_t key)
 {
         struct key_entry *entry = entry_of(keys, key);
 
-        key_unbind(keys, key_in(atomic_load_explicit(&entry->state, memory_order_relaxed)));
+        key_free_window(keys, key);
         entry->window = false;
         /* No later region gets a key that the window has had. */
         entry->generation |= OWN_BITS;

@@ -113,8 +113,10 @@ uint32_t key_add_window(struct keys *keys);
 bool key_bind(struct keys *keys, uint32_t key, const struct key_entry *window, const struct key_use *use);
 /* Unbind a window, and wait until nobody holds its key. False: it is not bound by this key. */
 bool key_unbind(struct keys *keys, uint32_t key);
-/* Is a window bound by this key, which this domain and queue pair may use? */
+/* Is a window bound by this key, for this domain and this queue pair alone? */
 bool key_is_bound(const struct keys *keys, uint32_t key, uint32_t domain, uint32_t queue);
+/* Unbind a window by any key that it had, if it is bound. */
+void key_free_window(struct keys *keys, uint32_t key);
 /* Remove a window by any key that it had. It is unbound before. */
 void key_remove_window(struct keys *keys, uint32_t key);
 

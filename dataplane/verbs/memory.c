@@ -294,8 +294,8 @@ struct ibv_mw *memory_add_window(struct ibv_pd *pd, enum ibv_mw_type type)
 
         if (opened_is_lost(pd->context))
                 return fail(EIO);
-        if (type != IBV_MW_TYPE_2)
-                return fail(type == IBV_MW_TYPE_1 ? EOPNOTSUPP : EINVAL);
+        if (type != IBV_MW_TYPE_1 && type != IBV_MW_TYPE_2)
+                return fail(EINVAL);
         window = calloc(1, sizeof *window);
         if (!window)
                 return fail(ENOMEM);
@@ -327,11 +327,12 @@ bool memory_bind(const struct ibv_mw *window, uint32_t key, const struct ibv_mw_
                  uint32_t queue)
 {
         const uint32_t domain = domain_of(window->pd)->number;
+        const bool rebinds = window->type == IBV_MW_TYPE_1;
         struct key_entry entry = {.base = info->addr,
                                   .access = info->mw_access_flags & MEMORY_ACCESS,
                                   .domain = domain,
-                                  .queue = queue};
-        const struct key_use use = {.key = info->mr->lkey,
+                                  .queue = rebinds ? 0 : queue};
+        const struct key_use use = {.key = info->mr ? info->mr->lkey : 0,
                                     .domain = domain,
                                     .access = KEY_BIND,
                                     .address = info->addr,
@@ -341,8 +342,10 @@ bool memory_bind(const struct ibv_mw *window, uint32_t key, const struct ibv_mw_
         if (info->mw_access_flags & IBV_ACCESS_ZERO_BASED)
                 entry.base = 0;
         mutex_take(&mutex);
+        if (rebinds)
+                key_free_window(&memory_keys, window->handle);
         bound = key >> KEY_OWN_BITS == window->handle >> KEY_OWN_BITS &&
-                key_bind(&memory_keys, key, &entry, &use);
+                ((rebinds && !info->length) || key_bind(&memory_keys, key, &entry, &use));
         mutex_release(&mutex);
         return bound;
 }

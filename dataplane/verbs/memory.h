@@ -52,8 +52,9 @@ void memory_forget(void);
 struct ibv_mw *memory_add_window(struct ibv_pd *pd, enum ibv_mw_type type);
 int memory_remove_window(struct ibv_mw *window);
 
-/* Bind a window of type 2 under a new key, for a queue pair of this domain and number. False: it is
- * bound, or may not be bound there. */
+/* Bind a window under a new key: one of type 2 for a queue pair of this domain and number, one of
+ * type 1 for all of the domain. The latter is unbound before, and stays so if it has no length.
+ * False: a window of type 2 is bound, or it may not be bound there. */
 bool memory_bind(const struct ibv_mw *window, uint32_t key, const struct ibv_mw_bind_info *info,
                  uint32_t queue);
 /* Make a window's key invalid, for a queue pair that may use it. False: it is none. */

@@ -36,6 +36,7 @@ static void set_operations(struct verbs_context *extended)
             .req_notify_cq = cq_request,
             .alloc_mw = memory_add_window,
             .dealloc_mw = memory_remove_window,
+            .bind_mw = post_bind,
             .post_send = post_send,
             .post_recv = post_receive,
             .post_srq_recv = srq_post,

@@ -79,18 +79,23 @@ static int check(enum ibv_qp_type type, const struct ibv_send_wr *wr)
         }
 }
 
-int post_add(struct queue_pair *queue, const struct ibv_send_wr *wr)
+/* Copy a request that was checked. */
+static int add(struct queue_pair *queue, const struct ibv_send_wr *wr)
 {
         enum ibv_qp_state state = queue_state(queue);
-        int error = check(queue->plain.qp_base.qp_type, wr);
 
-        if (error)
-                return error;
         if (state == IBV_QPS_RESET || state == IBV_QPS_INIT || state == IBV_QPS_RTR)
                 return EINVAL;
         if (queue_has_datagrams(queue) && !wr->wr.ud.ah)
                 return EINVAL;
         return send_queue_add(&queue->sends, wr, queue_has_datagrams(queue));
+}
+
+int post_add(struct queue_pair *queue, const struct ibv_send_wr *wr)
+{
+        int error = check(queue->plain.qp_base.qp_type, wr);
+
+        return error ? error : add(queue, wr);
 }
 
 void post_finish(struct queue_pair *queue)
@@ -137,6 +142,30 @@ int post_send(struct ibv_qp *plain, struct ibv_send_wr *wr, struct ibv_send_wr *
                 error = post_add(queue, wr);
         if (error)
                 *bad = wr;
+        post_finish(queue);
+        return error;
+}
+
+int post_bind(struct ibv_qp *plain, struct ibv_mw *window, struct ibv_mw_bind *bind)
+{
+        struct queue_pair *queue = queue_of(plain);
+        const struct ibv_send_wr wr = {
+            .wr_id = bind->wr_id,
+            .opcode = IBV_WR_BIND_MW,
+            .send_flags = bind->send_flags,
+            .bind_mw = {.mw = window, .rkey = ibv_inc_rkey(window->rkey), .bind_info = bind->bind_info}};
+        int error;
+
+        if (opened_is_lost(plain->context))
+                return EIO;
+        if (!(operations[IBV_WR_BIND_MW].types & type_of(plain->qp_type)) ||
+            wr.send_flags & ~(unsigned int)(IBV_SEND_FENCE | IBV_SEND_SIGNALED | IBV_SEND_SOLICITED) ||
+            bind->bind_info.mw_access_flags & IBV_ACCESS_ZERO_BASED)
+                return EINVAL;
+        mutex_take(&queue->sending);
+        error = add(queue, &wr);
+        if (!error)
+                window->rkey = wr.bind_mw.rkey;
         post_finish(queue);
         return error;
 }

@@ -962,7 +962,6 @@ static void check_windows(void)
                 CHECK(ibv_dereg_mr(regions[1]) == 0);
                 CHECK(
                     (regions[1] = ibv_reg_mr(ends[1].pd, memory[1], SIZE, ALL_ACCESS | IBV_ACCESS_MW_BIND)));
-                CHECK(!ibv_alloc_mw(ends[1].pd, IBV_MW_TYPE_1) && errno == EOPNOTSUPP);
                 CHECK((window = ibv_alloc_mw(ends[1].pd, IBV_MW_TYPE_2)));
                 key = ibv_inc_rkey(window->rkey);
                 CHECK(post(1, bind(window, key, 1000, 100)) == 0);
@@ -999,6 +998,69 @@ static void check_windows(void)
                 CHECK(sent(0).status == (last == 2 ? IBV_WC_RETRY_EXC_ERR : IBV_WC_REM_ACCESS_ERR));
                 if (last < 2)
                         expect_event(IBV_EVENT_QP_ACCESS_ERR, 1);
+                CHECK(ibv_dealloc_mw(window) == 0);
+                end_all();
+        }
+}
+
+/* Bind a window of type 1, for whatever queue pair of its domain. */
+static void bind_again(struct ibv_mw *window, uint64_t offset, uint64_t length)
+{
+        struct ibv_mw_bind wanted = {.wr_id = 61,
+                                     .send_flags = IBV_SEND_SIGNALED,
+                                     .bind_info = bind(window, 0, offset, length).bind_mw.bind_info};
+        uint32_t before = window->rkey;
+        struct ibv_wc wc;
+
+        CHECK(ibv_bind_mw(ends[1].qp, window, &wanted) == 0 && window->rkey != before);
+        wc = sent(1);
+        CHECK(wc.status == IBV_WC_SUCCESS && wc.opcode == IBV_WC_BIND_MW && wc.wr_id == 61);
+}
+
+/* A window of type 1 is bound again while it is bound; only its last key leads anywhere, and nobody
+ * but its owner can make that invalid. */
+static void check_windows_of_type_1(void)
+{
+        struct ibv_mw_bind zero_based;
+        struct ibv_mw *window;
+        struct ibv_send_wr wr;
+        struct ibv_sge from;
+        uint32_t old;
+
+        for (int last = 0; last < 3; last++) {
+                start();
+                CHECK(ibv_dereg_mr(regions[1]) == 0);
+                CHECK(
+                    (regions[1] = ibv_reg_mr(ends[1].pd, memory[1], SIZE, ALL_ACCESS | IBV_ACCESS_MW_BIND)));
+                CHECK((window = ibv_alloc_mw(ends[1].pd, IBV_MW_TYPE_1)));
+                zero_based = (struct ibv_mw_bind){.bind_info = bind(window, 0, 0, 8).bind_mw.bind_info};
+                zero_based.bind_info.mw_access_flags |= IBV_ACCESS_ZERO_BASED;
+                CHECK(ibv_bind_mw(ends[1].qp, window, &zero_based) == EINVAL);
+                CHECK(post(1, bind(window, ibv_inc_rkey(window->rkey), 0, 8)) == EINVAL);
+                bind_again(window, 1000, 100);
+                old = window->rkey;
+                bind_again(window, 2000, 100);
+                CHECK(ibv_dereg_mr(regions[1]) == EBUSY);
+                from = piece(0, 0, 100);
+                wr = one_sided(IBV_WR_RDMA_WRITE, &from, 2000);
+                wr.wr.rdma.rkey = window->rkey;
+                CHECK(post(0, wr) == 0 && sent(0).status == IBV_WC_SUCCESS);
+                CHECK(memcmp(memory[1] + 2000, memory[0], 100) == 0);
+                if (last == 0) {
+                        bind_again(window, 0, 0);
+                        wr.wr.rdma.rkey = window->rkey;
+                } else if (last == 1) {
+                        wr = one_sided(IBV_WR_RDMA_WRITE, &from, 1000);
+                        wr.wr.rdma.rkey = old;
+                } else {
+                        CHECK(receive(1, 1, NULL, 0) == 0);
+                        wr = (struct ibv_send_wr){.opcode = IBV_WR_SEND_WITH_INV,
+                                                  .invalidate_rkey = window->rkey,
+                                                  .send_flags = IBV_SEND_SIGNALED};
+                }
+                CHECK(post(0, wr) == 0);
+                CHECK(sent(0).status == (last == 2 ? IBV_WC_REM_OP_ERR : IBV_WC_REM_ACCESS_ERR));
+                expect_event(last == 2 ? IBV_EVENT_QP_REQ_ERR : IBV_EVENT_QP_ACCESS_ERR, 1);
                 CHECK(ibv_dealloc_mw(window) == 0);
                 end_all();
         }
@@ -1247,29 +1309,18 @@ static void check_parent_domains(void)
 int main(void)
 {
         static void (*const checks[])(void) = {
-            check_send,
-            check_write_and_read,
-            check_atomics,
-            check_inline,
-            check_signals,
-            check_fence,
-            check_many_reads,
-            check_receives,
-            check_no_receive,
-            check_refusals,
-            check_bad_receive,
-            check_own_keys,
-            check_other_gone,
-            check_executes_before_close,
-            check_again,
-            check_executes_before_leaving,
-            check_down,
-            check_drain,
-            check_windows,
-            check_addresses,
-            check_executes_before_loss,
-            check_leaves_hostile,
-            check_loop,
+            check_send,           check_write_and_read,
+            check_atomics,        check_inline,
+            check_signals,        check_fence,
+            check_many_reads,     check_receives,
+            check_no_receive,     check_refusals,
+            check_bad_receive,    check_own_keys,
+            check_other_gone,     check_executes_before_close,
+            check_again,          check_executes_before_leaving,
+            check_down,           check_drain,
+            check_windows,        check_windows_of_type_1,
+            check_addresses,      check_executes_before_loss,
+            check_leaves_hostile, check_loop,
             check_numbers,
         };
 
