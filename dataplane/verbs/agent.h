@@ -1,9 +1,9 @@
 /* The thread that makes queue pairs go on while the program sleeps, or does something else.
  *
- * There is one in a process that has queue pairs. It sleeps until a bell rings: one for each arena
- * that has queue pairs of this process. The bell says for which of them. A program that polls in a
- * loop makes them go on by itself. As long as it polls, the thread waits on no ring, so that no
- * peer rings its bell in vain, and only checks them from time to time.
+ * There is one in a process that has queue pairs, or waits for events. It sleeps until a bell
+ * rings: one for each arena that has queue pairs of this process. The bell says for which of them.
+ * A program that polls in a loop makes them go on by itself. As long as it polls, the thread waits
+ * on no ring, so that no peer rings its bell in vain, and only checks them from time to time.
  *
  * After it has executed something it spins for a moment, if that has paid lately, since more may
  * come.

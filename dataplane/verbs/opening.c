@@ -119,5 +119,7 @@ void opening_tell_port(bool active)
 
 VERB int ibv_get_async_event(struct ibv_context *context, struct ibv_async_event *event)
 {
+        /* What the router says of the port is an event, too. */
+        queue_watch();
         return events_get(&opened_of(context)->events, event) ? 0 : -1;
 }

@@ -174,7 +174,7 @@ struct queue_pairer {
 };
 
 extern const struct queue_pairer *queue_pairer;
-/* Requests wait, and the program may sleep: somebody else is to look after a while. */
+/* Requests wait, or the program waits for events, and it may sleep: somebody else is to look. */
 extern void (*queue_watch)(void);
 
 static inline struct queue_pair *queue_of(struct ibv_qp *plain)

@@ -1,4 +1,4 @@
-"""Two processes of a program of rdma-core, whose queue pairs the router pairs."""
+"""Programs of rdma-core, with the router: mostly two processes whose queue pairs it pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from testbed.patience import patience
 from tests.dataplane.places import LIBRARY, compile_c
 from tests.verbs.conftest import HEADER
 from tests.verbs.hand_router import HandRouter, hand_router
-from tests.verbs.router import router
+from tests.verbs.router import OWN, router
 
 PROGRAM = "ibv_rc_pingpong"
 SLEEPER = Path(__file__).with_name("sleeper.c")
@@ -220,6 +220,27 @@ def test_peer_is_killed(library: Path, sleeper: Path, tmp_path: Path) -> None:
         "Work Request Flushed Error",
         "local work queue catastrophic error",
     ]
+
+
+def test_a_program_that_watches(library: Path, tmp_path: Path) -> None:
+    """ibv_asyncwatch hears that the container has got another address."""
+    if shutil.which("ibv_asyncwatch") is None or not LIBRARY.exists():
+        pytest.skip(f"missing: ibv_asyncwatch (make setup), {LIBRARY} (make library)")
+    with (
+        router(tmp_path, {OWN: ("10.0.4.1",)}) as made,
+        subprocess.Popen(
+            ["ibv_asyncwatch"],
+            env=environment(library, made.socket),
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as watching,
+    ):
+        try:
+            assert line_of(watching).startswith("freeflow0: async event FD")
+            made.learn({OWN: ("10.0.4.1", "10.0.4.9")})
+            assert line_of(watching) == "event_type IBV_EVENT_GID_CHANGE (18), port 1"
+        finally:
+            watching.kill()
 
 
 def line_of(end: subprocess.Popen[str]) -> str:
