@@ -27,6 +27,7 @@ from bench import swarm_hosts
 from bench.bars import in_terminal
 from bench.chart import as_svg
 from bench.demo_speed import (
+    DATABASE,
     ECHO,
     LIBRARY,
     REDIS,
@@ -52,7 +53,7 @@ TOP: Final = Path(__file__).resolve().parents[1]
 STACK_FILE: Final = Path(__file__).with_name("demo-stack.yml")
 NAME: Final = "demo"
 STACKS: Final = (FREEFLOW, OVERLAY)
-SERVICES: Final = ("web", "cache", "sink", "echo")
+SERVICES: Final = ("web", "cache", "db", "sink", "echo")
 PICTURE: Final = TOP / "build/demo.svg"
 MIB: Final = 64
 """Size of the large file."""
@@ -303,7 +304,7 @@ class Demo:
         subjects = [stacks[name].subject(self.manager) for name in STACKS]
         meter = Meter(subjects, self.tell.seen)
         rows = []
-        for load in (REDIS, WEB, STREAM, ECHO):
+        for load in (REDIS, WEB, DATABASE, STREAM, ECHO):
             near = meter.row(
                 load,
                 "one host",
@@ -352,7 +353,8 @@ def play(testbed: Bed, tell: Teller) -> int:
     tell.step("Making a Swarm of them", "FreeFlow needs no cluster store besides Docker's own")
     demo.swarm()
     tell.step(
-        "Loading the image of the services", "nginx and redis from the Debian archive, no registry"
+        "Loading the image of the services",
+        "nginx, redis and PostgreSQL from the Debian archive, no registry",
     )
     swarm_hosts.load_image([swarm_hosts.host_of(host) for host in testbed.hosts])
     tell.step(
@@ -393,8 +395,11 @@ def show(rows: list[DemoRow], engine: str) -> None:
     ratios = [row.ratio for row in shared if row.ratio]
     print(
         f"Within a host, through shared memory (shm): {times(min(ratios))} to {times(max(ratios))} of Docker's overlay, with unchanged programs.\n"
-        "Between hosts (without RDMA devices): TCP on the eBPF fast path; see the column path."
+        "Between hosts (without RDMA devices): many busy connections share TCP connections of the hosts (relay),\n"
+        "others use TCP on the eBPF fast path (overlay+ebpf)."
     )
+    if any(row.theirs is None for row in rows) and not Path("/proc/net/ip_vs").exists():
+        print("Docker's overlay needs IPVS for VIPs, which this machine's kernel lacks: no answer.")
     about = (
         f"requests, bytes and round trips per second, medians of {ROUNDS} runs; engine {engine}, Linux {platform.release()}, "
         f"{os.cpu_count()} cores, {datetime.now(UTC):%Y-%m-%d}"

@@ -80,6 +80,19 @@ def _web(client: ProcessNamespaces, where: str, seconds: float, _rate: float) ->
     return DemoRun(parse.wrk(text), parse.wrk_requests(text))
 
 
+def _database(client: ProcessNamespaces, where: str, seconds: float, rate: float) -> DemoRun:
+    program = ("pgbench", "-h", where, "-U", "postgres")
+    if not rate:
+        # Its first start takes longer than the other servers'.
+        answers = f"until pg_isready -q -h {where}; do sleep 0.2; done"
+        run(client.enter("sh", "-c", answers), PATIENCE)
+        run(client.enter(*program, "-i", "-q", "postgres"), PATIENCE)
+    duration = str(max(1, round(seconds)))
+    command = (*program, "-S", "-n", "-c", "8", "-j", "2", "-T", duration, "postgres")
+    done = parse.pgbench(run(client.enter(*command), PATIENCE))
+    return DemoRun(done.rate, done.count)
+
+
 def _stream(client: ProcessNamespaces, where: str, seconds: float, _rate: float) -> DemoRun:
     command = ("iperf3", "--client", where, "--json", "--time", str(max(1, round(seconds))))
     text = run(client.enter(*command, "--congestion", CONGESTION_CONTROL), PATIENCE)
@@ -95,6 +108,9 @@ def _echo(client: ProcessNamespaces, where: str, seconds: float, _rate: float) -
 
 REDIS: Final = DemoLoad("redis, 50 clients", "cache", "GET/s", "GET", _redis)
 WEB: Final = DemoLoad("nginx, 50 clients", "web", "requests/s", "request", _web)
+DATABASE: Final = DemoLoad(
+    "PostgreSQL, 8 clients", "db", "transactions/s", "transaction", _database
+)
 STREAM: Final = DemoLoad("one stream", "sink", "Gbit/s", "MB", _stream, aside=1)
 ECHO: Final = DemoLoad("64 bytes there and back", "echo", "round trips/s", "round trip", _echo)
 
