@@ -26,6 +26,8 @@ from testbed import Host
 ROUNDS: Final = 3
 LONG: Final = 3.0
 """Seconds of the run in which connections are listed."""
+PAUSE: Final = 0.5
+"""Seconds of that run until they are listed."""
 SECONDS: Final = 1.0
 """Seconds of a run that counts."""
 PATIENCE: Final = 120.0
@@ -194,6 +196,17 @@ class Subject:
         return next(task for task in self.tasks[service] if task.host is not self.manager)
 
 
+def _without_control(seen: Counter[str], aside: int) -> Counter[str]:
+    """The same without control connections, which stay on TCP: they are short, or carry little."""
+    on_tcp = (path for path in seen if path.startswith("overlay"))
+    return seen - Counter(dict.fromkeys(on_tcp, aside))
+
+
+def _mostly_on(seen: Counter[str], wanted: str, aside: int) -> bool:
+    counted = _without_control(seen, aside)
+    return counted[wanted] >= 0.9 * counted.total()
+
+
 class WrongPathError(BenchError):
     """Connections did not take the expected path."""
 
@@ -267,31 +280,28 @@ class Meter:
     def _path(self, load: DemoLoad, subject: Subject, where: str, address: str, wanted: str) -> str:
         """The paths of the client's connections to an address while the load runs."""
         seen: Counter[str] = Counter()
-        seconds = LONG
-        for _ in range(3):
-            seen = self._look(load, subject, where, address, seconds)
-            if seen:
+        for times_as_long in (1, 2, 4):
+            # On a busy machine the connections may have ended before they were listed, or not have
+            # moved yet.
+            seen = self._look(load, subject, where, address, times_as_long)
+            if seen and (not wanted or _mostly_on(seen, wanted, load.aside)):
                 break
-            # On a busy machine the connections may have ended before they were listed.
-            seconds *= 2
         if not seen:
             raise WrongPathError(f"{load.what}, {where}: no connection to {address} was seen")
         total = seen.total()
         told = ", ".join(f"{count} of {total} on {path}" for path, count in seen.most_common())
         self.say(f"{load.what}, {where}: connections {told}")
-        # Control connections stay on TCP: they are short, or carry few bytes.
-        for path in seen:
-            if path.startswith("overlay"):
-                seen[path] = max(0, seen[path] - load.aside)
-        if wanted and seen[wanted] < 0.9 * seen.total():
+        if wanted and not _mostly_on(seen, wanted, load.aside):
             raise WrongPathError(f"{load.what}, {where}: {told}, not on {wanted}")
-        return " and ".join(path for path, count in seen.most_common() if count)
+        counted = _without_control(seen, load.aside)
+        return " and ".join(path for path, count in counted.most_common() if count)
 
     def _look(
-        self, load: DemoLoad, subject: Subject, where: str, address: str, seconds: float
+        self, load: DemoLoad, subject: Subject, where: str, address: str, times_as_long: int
     ) -> Counter[str]:
         begin = time.monotonic()
-        command = ("sh", "-c", f"sleep 0.5; {COMMAND} connections --json")
+        pause, seconds = PAUSE * times_as_long, LONG * times_as_long
+        command = ("sh", "-c", f"sleep {pause}; {COMMAND} connections --json")
         with subject.manager.spawn(*command, stdout=subprocess.PIPE) as asking:
             while True:
                 self._ask(load, subject, where, address, seconds)
