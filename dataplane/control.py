@@ -109,6 +109,8 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What the relay encrypts on them: messages (all but bulk data), all, or off."""
     verbs: bool = True
     """Whether containers have a device of verbs."""
+    zero_copy: bool = False
+    """Whether RDMA devices write between registered memory, on networks with `verbs_direct`."""
 
 
 class EndpointFact(msgspec.Struct, frozen=True, kw_only=True):

@@ -138,6 +138,13 @@ def _paths(status: Status) -> Iterable[Sample]:
     ]
 
 
+def _moves(status: Status) -> list[Sample]:
+    """Those that were not done went through rings, or their queue pair had ended."""
+    relay = _rdma(status).relay
+    names = {"done": "moves", "refused": "moves_refused", "lost": "moves_lost"}
+    return [((outcome,), float(relay.get(name, 0))) for outcome, name in names.items()]
+
+
 def _reasons(counts: Mapping[str, int]) -> Iterable[Sample]:
     return [((word,), float(count)) for word, count in sorted(counts.items())]
 
@@ -367,6 +374,17 @@ METRICS: Final = (
         "freeflow_verbs_direct_bytes",
         "Bytes of registered memory that peers may map (verbs_direct)",
         _value(lambda status: _verbs(status).direct_bytes),
+    ),
+    _counter(
+        "freeflow_verbs_moves",
+        "WRITEs that RDMA devices were to move between registered memory (VERBS_ZERO_COPY), by outcome",
+        _moves,
+        ("outcome",),
+    ),
+    _counter(
+        "freeflow_verbs_moved_bytes",
+        "Bytes that they have moved, of processes on this host",
+        _value(lambda status: _rdma(status).relay.get("bytes_moved", 0)),
     ),
     _counter(
         "freeflow_queue_pairs_paired",

@@ -90,6 +90,7 @@ def router_settings(settings: Settings) -> RouterSettings:
         relay_ring=settings.relay_ring,
         relay_encryption=settings.relay_encryption,
         verbs=settings.verbs == "on",
+        zero_copy=settings.verbs_zero_copy == "on",
     )
 
 

@@ -293,6 +293,13 @@ class Settings:
         "`off`: programs in containers find no device for RDMA verbs",
         details="See [RDMA verbs](verbs.md).",
     )
+    verbs_zero_copy: str = _setting(
+        _SWITCH,
+        "off",
+        "`on`: RDMA devices write between registered memory of containers on two hosts, without the "
+        "rings, on networks with `verbs_direct`",
+        details="Both hosts need it. See [RDMA verbs](verbs.md#zero-copy-between-hosts).",
+    )
     session_port: int | None = _setting(
         _optional(_PORT),
         "",

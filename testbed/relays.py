@@ -39,7 +39,7 @@ SOCKETS: Final = 4
 """Of a link over TCP."""
 WHOLE: Final = 0
 BROKEN: Final = 1
-VERSION: Final = 6
+VERSION: Final = 7
 RING: Final = 256 << 10
 PATIENCE: Final = 10.0
 
@@ -77,6 +77,9 @@ KINDS: Final = {
             "USAGE",
             "EXPIRE",
             "SHARE",
+            "FILE",
+            "FILE_END",
+            "FILE_ENDED",
         ],
         1,
     )
@@ -93,7 +96,8 @@ ACCEPT: Final = struct.Struct("=HHIIHH128s")
 ARENA: Final = struct.Struct("=HHIQQ")
 SLOT: Final = struct.Struct("=HHIIHHQQ")
 FRAME: Final = struct.Struct("=HHI")
-COUNTS: Final = struct.Struct("=HHI24Q")
+COUNTS: Final = struct.Struct("=HHI28Q")
+FILE: Final = struct.Struct("=HHIQQQ")
 USAGE: Final = struct.Struct("=HHIQ11Q")
 
 _numbers = itertools.count(1)
@@ -131,6 +135,8 @@ def parse(data: bytes) -> Message:
     if name == "USAGE":
         _, _, number, arena, *values = USAGE.unpack(data)
         return Message(name, number, state=arena, values=tuple(values))
+    if name == "FILE_ENDED":
+        return Message(name, FILE.unpack(data)[3])
     if name == "FRAME":
         _, _, number = FRAME.unpack_from(data)
         return Message(name, number, words=data[FRAME.size :])

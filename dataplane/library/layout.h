@@ -54,6 +54,11 @@
  *               (release)             (acquire)              ends as by a reset
  *      received w relay (release)     r sender (acquire)     bytes that the peer's ring has, and with the first of
  *                                                            them its `start`
+ *      move     w sender (release)    r relay (acquire)      the next move that the relay is to make, by its number
+ *      moved    w relay (release)     r sender (acquire)     MOVE_OUTCOME times the number of the last one that is
+ *                                                            over, and how it ended; `seen` is written before
+ *      moves    w relay (release)     r sender (acquire)     it may request moves; in the ring that it receives:
+ *               w receiver            r relay                its library knows them; written before `ready`
  *
  * In a remote arena `start` comes with the first byte: a ring into which nothing was put has none.
  */
@@ -104,6 +109,27 @@ struct waiters {
         _Atomic uint64_t bells[BELL_WORDS];
 };
 
+/* A move: bytes of a file for registered memory of the process that are to be written into one of
+ * the peer's process, by the relays' device (moves.h of the relay). Offsets are in the files. */
+struct move_request {
+        _Atomic uint64_t number; /* grows by one; 0: none */
+        _Atomic uint64_t from;   /* the router's number of the own file */
+        _Atomic uint64_t from_offset;
+        _Atomic uint64_t to; /* the peer's router's number of its file */
+        _Atomic uint64_t to_offset;
+        _Atomic uint64_t token; /* of that file */
+        _Atomic uint64_t length;
+};
+
+/* How a move ended. */
+enum move_outcome {
+        MOVE_DONE = 1,       /* all bytes are there, and `seen` is what the file's header said then */
+        MOVE_AGAIN = 2,      /* some may be there: the link was lost, or the file is given up */
+        MOVE_NOT_FROM = 3,   /* the own file can't be used */
+        MOVE_NOT_TO = 4,     /* the peer's can't */
+        MOVE_OUTCOME = 1000, /* `moved` is this many times the number, and the outcome */
+};
+
 struct ring {
         /* sender's */
         _Alignas(64) _Atomic uint64_t tail;
@@ -133,6 +159,10 @@ struct ring {
         _Atomic uint32_t stopped;
         _Atomic uint32_t broken;
         _Atomic uint64_t received;
+        struct move_request move;
+        _Atomic uint64_t moved;
+        _Atomic uint64_t seen;
+        _Atomic uint32_t moves;
 };
 
 _Static_assert(sizeof(struct ring) <= RING_HEADER, "the ring's header fits before its first bytes");
@@ -148,6 +178,10 @@ _Static_assert(offsetof(struct ring, over) == 268, "layout is part of the versio
 _Static_assert(offsetof(struct ring, stopped) == 272, "layout is part of the version");
 _Static_assert(offsetof(struct ring, broken) == 276, "layout is part of the version");
 _Static_assert(offsetof(struct ring, received) == 280, "layout is part of the version");
+_Static_assert(offsetof(struct ring, move) == 288, "layout is part of the version");
+_Static_assert(offsetof(struct ring, moved) == 344, "layout is part of the version");
+_Static_assert(offsetof(struct ring, seen) == 352, "layout is part of the version");
+_Static_assert(offsetof(struct ring, moves) == 360, "layout is part of the version");
 
 /* One side's bells, as both sides use them. */
 struct side {

@@ -215,7 +215,7 @@ struct v_status {
         struct message message;
         uint32_t qpn;
         uint32_t state; /* enum ibv_qp_state */
-        uint32_t unused;
+        uint32_t moved; /* 1: the relays' device has executed some for it */
         uint64_t operations;
         uint64_t bytes;
 };

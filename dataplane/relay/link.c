@@ -5,6 +5,7 @@
 #include "mirror_end.h"
 #include "mirror_receive.h"
 #include "mirror_send.h"
+#include "moves.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -56,6 +57,8 @@ struct link *link_add(uint32_t number)
         list_init(&link->mirrors);
         list_init(&link->sources);
         list_init(&link->dropping);
+        list_init(&link->movers);
+        list_init(&link->revoked);
         list_init(&link->farewells);
         list_init(&link->said);
         for (int i = 0; i < LANES; i++) {
@@ -383,7 +386,7 @@ static uint64_t add_blocks(struct lane *lane, struct wire_message *message)
         while (message->header.blocks < BLOCKS && link->transport->has_room(link, index_of(lane), writes) &&
                (part = next_part(lane))) {
                 struct mirror *mirror = OF(part->queue.after, struct mirror, queued);
-                uint64_t before = mirror->sent, more;
+                uint64_t before = mirror->sent + mirror->moved, more;
 
                 list_remove(&mirror->queued);
                 if (!mirror_has_work(mirror) || moves(lane, mirror))
@@ -391,7 +394,7 @@ static uint64_t add_blocks(struct lane *lane, struct wire_message *message)
                 mirror_send(mirror, &message->blocks[message->header.blocks++], lane->batch);
                 mirror->last_message = lane->sent + 1;
                 writes += WRITES;
-                more = mirror->sent - before + BLOCK_COST;
+                more = mirror->sent + mirror->moved - before + BLOCK_COST;
                 part->credit -= (int64_t)more;
                 cost += more;
                 /* The rest waits until the process's other connections had their turn. */
@@ -406,7 +409,7 @@ static uint64_t send_batch(struct lane *lane)
 {
         struct link *link = lane->link;
         struct wire_message message;
-        /* Memory is released after a completion, by us or by the peer. */
+        /* Memory is released after a completion, by us or by the peer; a move ends after one. */
         bool soon = lane->replies || list_holds(&link->dropping) || relay.stop_at;
         uint64_t cost;
 
@@ -425,7 +428,7 @@ static uint64_t send_batch(struct lane *lane)
         link->transport->send(
             link, index_of(lane), &message,
             (uint32_t)(sizeof message.header + message.header.blocks * sizeof *message.blocks), lane->batch,
-            soon);
+            soon || list_holds(&link->movers));
         return cost;
 }
 
@@ -557,14 +560,12 @@ static void due_first(uint64_t *due, uint64_t when)
                 *due = when;
 }
 
-/* When the peer has to have confirmed that it writes no more to the connection that was dropped
- * first. */
-static uint64_t reply_due(const struct link *link)
+/* When the peer has to have confirmed that it writes no more to what was taken from it then. */
+static uint64_t reply_due(const struct link *link, uint64_t taken_at)
 {
-        uint64_t dropped = OF(link->dropping.after, struct mirror, dropping)->dropped_at;
-        uint64_t heard = link->heard_at > dropped ? link->heard_at : dropped;
+        uint64_t heard = link->heard_at > taken_at ? link->heard_at : taken_at;
         uint64_t due = heard + SILENCE * UINT64_C(1000000);
-        uint64_t last = dropped + PATIENCE * UINT64_C(1000000);
+        uint64_t last = taken_at + PATIENCE * UINT64_C(1000000);
 
         return due < last ? due : last;
 }
@@ -577,7 +578,10 @@ static uint64_t answer_due(const struct link *link)
         if (link->asked_at)
                 due = link->asked_at + SILENCE * UINT64_C(1000000);
         if (list_holds(&link->dropping))
-                due_first(&due, reply_due(link));
+                due_first(&due,
+                          reply_due(link, OF(link->dropping.after, struct mirror, dropping)->dropped_at));
+        if (list_holds(&link->revoked))
+                due_first(&due, reply_due(link, moves_revoked_at(link)));
         return due;
 }
 
@@ -653,7 +657,7 @@ void link_receive(struct link *link, unsigned index, const void *data, size_t si
                 return;
         }
         link->asked_at = 0;
-        if (list_holds(&link->dropping))
+        if (list_holds(&link->dropping) || list_holds(&link->revoked))
                 link->heard_at = now();
         move_on(lane);
         for (int i = 0; i < message.header.blocks; i++) {
@@ -673,6 +677,7 @@ void link_receive(struct link *link, unsigned index, const void *data, size_t si
 void link_completed(struct link *link, unsigned lane, uint64_t batch)
 {
         link->lanes[lane].completed = batch;
+        moves_completed(link);
         EACH(node, &link->dropping)
                 mirror_try_release(OF(node, struct mirror, dropping));
 }

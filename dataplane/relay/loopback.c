@@ -7,6 +7,7 @@
  * descriptors of the peer's process, which the relay duplicates by pidfd_getfd(); that needs root.
  * The relay that is shipped does not contain it.
  */
+#include "lent_files.h"
 #include "link.h"
 #include "mirror.h"
 #include "transports.h"
@@ -79,6 +80,7 @@ static int loopback_open(UNUSED const struct relay_open *request, uint32_t *mtu,
 
 static void loopback_close(void)
 {
+        lent_files_deregister(&loopback_transport);
         watch_remove(&bell);
         close(bell.fd);
         bell.fd = -1;
@@ -263,6 +265,71 @@ static unsigned char *to_of(const struct mirror *m, uint32_t offset)
         return (offset < SMALL_SIZE ? target->small + PAGE + RING_HEADER : target->bulk + m->size) + offset;
 }
 
+/* A file that the peer has lent. */
+struct reached_file {
+        unsigned char *base;
+        uint64_t size;
+};
+
+static int loopback_register_file(struct lent_file *file, UNUSED char *text)
+{
+        file->registration = file;
+        count(COUNT_REGISTERED, file->size);
+        return 0;
+}
+
+static void loopback_deregister_file(struct lent_file *file)
+{
+        relay.counters[COUNT_REGISTERED] -= file->size;
+}
+
+static void loopback_place_file(const struct lent_file *file, uint64_t *address, uint64_t *key)
+{
+        *address = (uint64_t)getpid();
+        *key = (uint64_t)file->memory;
+}
+
+static void *loopback_reach(uint64_t address, uint64_t key, uint64_t size)
+{
+        struct reached_file *reached = relay_memory(sizeof *reached, "memory for a file of a peer");
+        int memory = duplicate((int)address, (int)key);
+        void *got = MAP_FAILED;
+
+        if (memory >= 0 && size > LENT_FILE_HEADER && lseek(memory, 0, SEEK_END) == (off_t)size)
+                got = mmap(NULL, size - LENT_FILE_HEADER, PROT_READ | PROT_WRITE, MAP_SHARED, memory,
+                           LENT_FILE_HEADER);
+        if (memory >= 0)
+                close(memory);
+        if (got == MAP_FAILED) {
+                free(reached);
+                return NULL;
+        }
+        *reached = (struct reached_file){.base = got, .size = size - LENT_FILE_HEADER};
+        return reached;
+}
+
+static void loopback_unreach(void *reached)
+{
+        struct reached_file *file = reached;
+
+        munmap(file->base, file->size);
+        free(file);
+}
+
+static void loopback_move(UNUSED struct link *link, const struct lent_file *from, uint64_t from_offset,
+                          void *to, uint64_t to_offset, uint32_t size)
+{
+        const struct reached_file *reached = to;
+
+        unsigned char *place = reached->base + (to_offset - LENT_FILE_HEADER);
+
+        /* The last byte comes last, as from a device. */
+        memcpy(place, from->base + from_offset, size - 1);
+        atomic_thread_fence(memory_order_release);
+        place[size - 1] = from->base[from_offset + size - 1];
+        count(COUNT_COPIED, size);
+}
+
 /* A channel has WINDOW letters, and the relay sends no more than are granted. */
 static bool loopback_has_room(UNUSED struct link *link, UNUSED unsigned lane, UNUSED unsigned writes)
 {
@@ -373,6 +440,12 @@ const struct transport loopback_transport = {
     .detach = loopback_detach,
     .has_room = loopback_has_room,
     .write = loopback_write,
+    .register_file = loopback_register_file,
+    .deregister_file = loopback_deregister_file,
+    .place_file = loopback_place_file,
+    .reach = loopback_reach,
+    .unreach = loopback_unreach,
+    .move = loopback_move,
     .send = loopback_send,
     .poll = loopback_poll,
     .arm = loopback_arm,

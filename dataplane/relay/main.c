@@ -48,6 +48,7 @@
 #include "link.h"
 #include "mirror_end.h"
 #include "mirror_scan.h"
+#include "moves.h"
 #include "router_requests.h"
 #include "transports.h"
 #include "usage.h"
@@ -267,8 +268,9 @@ int main(void)
 
         context_start();
         allow_descriptors();
-        mirrors_start();
+        mirrors_start(&moves_of_mirrors);
         arenas_start(mirror_activate);
+        lent_files_start(moves_revoke);
         watch_signals();
         router_requests_start();
 #ifndef FREEFLOW_TEST

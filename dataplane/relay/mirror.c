@@ -9,14 +9,17 @@ enum { BUCKETS = 4096 };
 
 /* Connections and farewells, by number. */
 static struct node buckets[BUCKETS], farewells[BUCKETS];
+static const struct mirror_moves *mirror_moves;
+
 struct mirrors mirrors = {
     .active = LIST(mirrors.active),
     .lazy = LIST(mirrors.lazy),
     .stopping = LIST(mirrors.stopping),
 };
 
-void mirrors_start(void)
+void mirrors_start(const struct mirror_moves *moves)
 {
+        mirror_moves = moves;
         for (int i = 0; i < BUCKETS; i++) {
                 list_init(&buckets[i]);
                 list_init(&farewells[i]);
@@ -88,6 +91,8 @@ uint32_t mirror_flags(const struct mirror *m)
                 return WIRE_DROPPED | (m->has_left ? WIRE_HAS_LEFT : 0) | (m->has_over ? WIRE_HAS_OVER : 0);
         if (m->process_ready)
                 flags |= WIRE_READY;
+        if (m->knows_moves && m->moves)
+                flags |= WIRE_KNOWS_MOVES;
         if (m->stop_requested || m->leaves)
                 flags |= WIRE_LEAVE;
         if (m->stopped && all_sent(m))
@@ -109,6 +114,8 @@ bool mirror_has_work(const struct mirror *m)
                 return false;
         if (m->peer_dropped)
                 return false;
+        if (m->moves && mirror_moves->have_work(m))
+                return true;
         if (mirror_flags(m) != m->sent_flags)
                 return true;
         if (m->state != MIRROR_PAIRED)
@@ -175,6 +182,8 @@ void mirror_break(struct mirror *m)
         arena_wake(m->shared, &m->in->receivers, m->slot);
         arena_wake(m->shared, &m->out->senders, m->slot);
         become(m, MIRROR_BROKEN);
+        if (m->moves)
+                mirror_moves->interrupt(m);
         mirror_tell_ended(m, RELAY_BROKEN);
         mirror_tell_finished(m, RELAY_BROKEN);
         mirror_enqueue(m);
@@ -190,6 +199,8 @@ void mirror_suspend(struct mirror *m)
 {
         m->resync = true;
         list_remove(&m->queued);
+        if (m->moves)
+                mirror_moves->suspend(m);
         mirror_try_release(m);
 }
 
@@ -226,7 +237,8 @@ static struct mirror *make(const struct relay_slot *slot, struct link *link, str
         m->in_bulk = arena_bulk(shared, slot->slot, 1);
         m->transport = link->named;
         m->group = (uint32_t)shared->id;
-        m->queue_pair = slot->user == RELAY_QUEUE_PAIR;
+        m->queue_pair = slot->user != RELAY_CONNECTION;
+        m->offers_moves = slot->user == RELAY_MOVING_QUEUE_PAIR && m->transport->move;
         list_init(&m->same);
         list_init(&m->of_link);
         list_init(&m->queued);
@@ -247,6 +259,7 @@ struct mirror *mirror_add(const struct relay_slot *slot, struct link *link, stru
             .version = WIRE_VERSION,
             .transport = (uint16_t)m->transport->kind,
             .size_of_ring = m->size,
+            .features = m->offers_moves ? WIRE_MOVING : 0,
             .cookie = m->cookie,
         };
         for (uint32_t d = 0; d < SIDES; d++)
@@ -279,6 +292,8 @@ int mirror_pair(struct mirror *m, uint32_t peer, const struct wire_place *place,
         error = m->transport->attach(m, place, text);
         if (error)
                 return error;
+        if (m->offers_moves && place->features & WIRE_MOVING)
+                mirror_moves->start(m);
         become(m, MIRROR_PAIRED);
         mirror_set_lane(m, mirror_wants_lane(m));
         m->block_due = true;
@@ -384,6 +399,8 @@ static void release(struct mirror *m)
         uint32_t number = m->number;
 
         bid_farewell(m);
+        if (m->moves)
+                mirror_moves->end(m);
         if (m->registration)
                 m->transport->deregister(m);
         if (m->target)

@@ -80,11 +80,15 @@ struct mirror {
         uint64_t tail, base, start, end, sent, acked, head;
         /* direction 1 */
         uint64_t arrived, in_base, in_start, in_end, consumed, reported;
+        struct moves *moves;           /* NULL: it has none */
+        uint64_t moved;                /* bytes of moves that were given to the link */
         uint64_t stop_due, dropped_at; /* ns */
         uint32_t expired;              /* how often in a row R_EXPIRE found that it waits for the peer */
         uint32_t sent_flags;           /* enum wire_flag of the last block that was sent */
         uint32_t peer_flags;           /* enum wire_flag of all blocks that have come */
         bool queue_pair;               /* there is no TCP to fall back to */
+        bool offers_moves;             /* the router and the transport allow them */
+        bool knows_moves;              /* the process here does */
         bool block_due;                /* a block has to be sent even if nothing has changed */
         bool report_due;               /* `consumed` has to be sent */
         bool resync;                   /* the position to go on from is not known */
@@ -120,7 +124,18 @@ struct mirrors {
 
 extern struct mirrors mirrors;
 
-void mirrors_start(void);
+/* What moves.c does for connections that have `moves`. */
+struct mirror_moves {
+        void (*start)(struct mirror *mirror); /* both relays offer them */
+        void (*end)(struct mirror *mirror);   /* it is released */
+        /* The link is down; nothing of its channel reads or writes here any more. */
+        void (*suspend)(struct mirror *mirror);
+        /* It is broken: what is under way ends, as soon as the device reads it no more. */
+        void (*interrupt)(struct mirror *mirror);
+        bool (*have_work)(const struct mirror *mirror);
+};
+
+void mirrors_start(const struct mirror_moves *moves);
 struct mirror *mirror_find(uint32_t number);
 /* Calls `visit` for all connections in state PAIRED until it returns false; then returns false. */
 bool mirrors_visit_paired(bool (*visit)(struct mirror *mirror));

@@ -3,6 +3,7 @@
 #include "../library/stamp.h"
 #include "answers.h"
 #include "mirror_end.h"
+#include "moves.h"
 
 static void publish_end(struct mirror *m)
 {
@@ -144,6 +145,9 @@ static void receive_state(struct mirror *m, const struct wire_block *block)
         uint64_t before = m->arrived;
         bool ended = m->in_ended || m->has_left || m->has_over;
 
+        /* Before its process's first bytes. */
+        if (block->flags & WIRE_KNOWS_MOVES && m->moves)
+                moves_allow(m);
         if (block->flags & WIRE_BROKEN) {
                 mirror_break(m);
         } else if (block->flags & (WIRE_DROPPED | WIRE_GONE)) {
@@ -163,7 +167,9 @@ static void receive_state(struct mirror *m, const struct wire_block *block)
 void mirror_receive(struct mirror *m, const struct wire_block *block)
 {
         mirror_use(m, USAGE_BLOCKS_IN, 1);
-        if (m->state == MIRROR_PAIRED || m->state == MIRROR_REGISTERED)
+        if (block->flags & WIRE_OF_MOVES)
+                moves_receive(m, block);
+        else if (m->state == MIRROR_PAIRED || m->state == MIRROR_REGISTERED)
                 receive_state(m, block);
         if (block->flags & WIRE_DROPPED)
                 receive_dropped(m);

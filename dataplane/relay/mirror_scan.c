@@ -1,5 +1,7 @@
 #include "mirror_scan.h"
 
+#include "moves.h"
+
 enum {
         IDLE = 2000, /* turns without work after which a connection becomes idle though others are
                         busy */
@@ -68,6 +70,8 @@ static bool scan_taken(struct mirror *m)
                 m->report_due = true;
         if (!m->process_ready)
                 m->process_ready = atomic_load_explicit(&m->in->ready, memory_order_acquire) != 0;
+        if (m->process_ready && m->moves && !m->knows_moves)
+                m->knows_moves = atomic_load_explicit(&m->in->moves, memory_order_relaxed) != 0;
         if (!m->stop_requested)
                 m->stop_requested = atomic_load_explicit(&m->in->stop, memory_order_relaxed) != 0;
         return true;
@@ -77,6 +81,8 @@ void mirror_scan(struct mirror *m)
 {
         if (!mirror_scan_sent(m) || !scan_taken(m))
                 mirror_corrupt(m);
+        else if (m->moves)
+                moves_scan(m);
 }
 
 static void request_bell(struct waiters *waiters)

@@ -1,6 +1,7 @@
 #include "mirror_send.h"
 
 #include "mirror_scan.h"
+#include "moves.h"
 
 enum {
         BULK_BYTES = 16 * 1024, /* in one batch */
@@ -22,7 +23,7 @@ static void write_bytes(struct mirror *m, uint64_t batch)
 {
         uint64_t budget = m->link->transport->piece;
 
-        for (int i = 0; i < WRITES && budget && m->sent != m->tail; i++) {
+        for (int i = 0; i < RING_WRITES && budget && m->sent != m->tail; i++) {
                 uint32_t offset = (uint32_t)(m->sent - m->base) & (m->size - 1);
                 uint64_t run = (offset < SMALL_SIZE ? SMALL_SIZE : m->size) - offset;
 
@@ -45,8 +46,14 @@ void mirror_send(struct mirror *m, struct wire_block *block, uint64_t batch)
 {
         if (m->state == MIRROR_PAIRED)
                 mirror_scan(m);
+        if (m->moves && moves_say(m, block)) {
+                mirror_use(m, USAGE_BLOCKS_OUT, 1);
+                return;
+        }
         if (mirror_may_write(m))
                 write_bytes(m, batch);
+        if (m->moves)
+                moves_write(m, batch);
         *block =
             (struct wire_block){.connection = m->peer, .flags = mirror_flags(m), .cookie = m->peer_cookie};
         m->sent_flags = block->flags;

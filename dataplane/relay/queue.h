@@ -47,6 +47,8 @@ struct link {
         struct node mirrors;         /* its connections */
         struct node sources;         /* the same by process */
         struct node dropping;        /* connections that are dropped, and whose memory is not free yet */
+        struct node movers;          /* moves.c: of connections of which bytes are on the way */
+        struct node revoked;         /* moves.c: files that the peer's relay has not given back */
         struct node farewells, said; /* mirror.h: to be said, and said on this channel */
         unsigned farewell_count;
         uint32_t number;

@@ -29,6 +29,9 @@
  *      R_SHARE arena, share               ->  no answer; the relay works for the arena in that part
  *                                             of the time
  *      R_DISCARD arena                    ->  no answer; all its slots must be dropped
+ *      R_FILE file, token, owner + memfd  ->  no answer; registered memory of a process, for moves
+ *      R_FILE_END file                    ->  it is given up
+ *                                         <-  R_FILE_ENDED file: neither relay can reach it any more
  *      R_SLOT connection, link,           ->
  *             arena, slot, user           <-  R_PLACED connection, error, text, place
  *      R_PAIR connection, peer's place    ->
@@ -58,14 +61,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RELAY_VERSION 6
+#define RELAY_VERSION 7
 
 enum {
         RELAY_SOCKET = 3,
         RELAY_TEXT = 96,     /* bytes of a text, 0-terminated */
         RELAY_WORDS = 128,   /* bytes of a place or an address */
         RELAY_FRAME = 60000, /* bytes of a frame */
-        RELAY_COUNTERS = 24,
+        RELAY_COUNTERS = 28,
         RELAY_LINK_CONNECTIONS = 16384, /* of a link; routers make no more */
 };
 
@@ -100,6 +103,9 @@ enum relay_kind {
         R_USAGE = 28,
         R_EXPIRE = 29,
         R_SHARE = 30,
+        R_FILE = 31,
+        R_FILE_END = 32,
+        R_FILE_ENDED = 33,
 };
 
 enum relay_transport {
@@ -202,6 +208,17 @@ enum relay_user {
         /* A queue pair of verbs, which has no TCP connection: where one would have to fall back, it
          * breaks. */
         RELAY_QUEUE_PAIR = 1,
+        /* The same, and the relays may move bytes between registered memory of both processes. */
+        RELAY_MOVING_QUEUE_PAIR = 2,
+};
+
+/* R_FILE; R_FILE_END and R_FILE_ENDED: the number alone. */
+struct relay_file {
+        struct relay_message message;
+        uint32_t writable; /* 1: peers may write there */
+        uint64_t file;
+        uint64_t token; /* whoever shows it may reach the file */
+        uint64_t owner; /* as in struct relay_arena */
 };
 
 /* R_EXPIRE */
@@ -256,6 +273,10 @@ enum relay_counter {
         COUNT_CORRUPT,    /* of these: because a process or a peer wrote invalid data */
         COUNT_REGISTERED, /* bytes of memory that the device can reach now */
         COUNT_TURNS,      /* of the main loop */
+        COUNT_MOVES,      /* that are done, of processes here */
+        COUNT_BYTES_MOVED,
+        COUNT_MOVES_REFUSED, /* the device, the relay or the peer's relay can't use the memory */
+        COUNT_MOVES_LOST,    /* the link was lost, the connection ended, or the file was given up */
 };
 
 struct relay_counts {
@@ -299,8 +320,9 @@ _Static_assert(sizeof(struct relay_offer) == 240, "sizes are part of the version
 _Static_assert(sizeof(struct relay_accept) == 144, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_arena) == 24, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_slot) == 32, "sizes are part of the version");
+_Static_assert(sizeof(struct relay_file) == 32, "sizes are part of the version");
 _Static_assert(sizeof(struct relay_frame) == 8, "sizes are part of the version");
-_Static_assert(sizeof(struct relay_counts) == 200, "sizes are part of the version");
-_Static_assert(COUNT_TURNS + 1 == RELAY_COUNTERS, "there is room for each counter");
+_Static_assert(sizeof(struct relay_counts) == 232, "sizes are part of the version");
+_Static_assert(COUNT_MOVES_LOST + 1 == RELAY_COUNTERS, "there is room for each counter");
 
 #endif

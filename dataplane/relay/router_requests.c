@@ -2,6 +2,7 @@
 
 #include "answers.h"
 #include "arenas.h"
+#include "lent_files.h"
 #include "link.h"
 #include "mirror_end.h"
 #include "stream.h"
@@ -242,6 +243,20 @@ static void do_drop(const void *data, UNUSED int *descriptors)
                 answer_number(R_DROPPED, message->number, 0);
 }
 
+static void do_file(const void *data, int *descriptors)
+{
+        /* The kernel drops it if the relay may open no more: there are no moves then. */
+        if (descriptors[0] < 0)
+                return;
+        lent_file_add(data, descriptors[0]);
+        descriptors[0] = -1;
+}
+
+static void do_file_end(const void *data, UNUSED int *descriptors)
+{
+        lent_file_end(((const struct relay_file *)data)->file);
+}
+
 static void do_count(UNUSED const void *data, UNUSED int *descriptors)
 {
         struct relay_counts counts = {0};
@@ -283,6 +298,8 @@ static const struct {
     [R_LEAVE] = {sizeof(struct relay_number), do_leave},
     [R_DROP] = {sizeof(struct relay_number), do_drop},
     [R_STREAM] = {sizeof(struct relay_number), do_stream},
+    [R_FILE] = {sizeof(struct relay_file), do_file},
+    [R_FILE_END] = {sizeof(struct relay_file), do_file_end},
     [R_EXPIRE] = {sizeof(struct relay_expire), do_expire},
     [R_COUNT] = {sizeof(struct relay_number), do_count},
 };

@@ -49,11 +49,14 @@
 
 #include <stdbool.h>
 
+struct lent_file;
 struct link;
 struct mirror;
 
 enum {
-        WRITES = 4,   /* of one connection in one batch, at most */
+        RING_WRITES = 4, /* of one connection in one batch, at most */
+        MOVE_WRITES = 1, /* the same */
+        WRITES = RING_WRITES + MOVE_WRITES,
         WINDOW = 128, /* messages on the way, at most */
 };
 
@@ -94,6 +97,21 @@ struct transport {
          * to. */
         void (*send)(struct link *link, unsigned lane, const void *message, uint32_t size, uint64_t number,
                      bool soon);
+
+        /* For moves (moves.h); NULL: it makes none.
+         *
+         * The device may read the file, and, if it is writable, the peer may write into it, as long
+         * as it knows `address` and `key`. errno, with a text. */
+        int (*register_file)(struct lent_file *file, char *text);
+        void (*deregister_file)(struct lent_file *file);
+        void (*place_file)(const struct lent_file *file, uint64_t *address, uint64_t *key);
+        /* A file of so many bytes that the peer's relay has registered; NULL: it can't be reached.
+         */
+        void *(*reach)(uint64_t address, uint64_t key, uint64_t size);
+        void (*unreach)(void *reached);
+        /* Adds to the batch: bytes of a file go to a file of the peer. It counts as a write. */
+        void (*move)(struct link *link, const struct lent_file *from, uint64_t from_offset, void *to,
+                     uint64_t to_offset, uint32_t size);
 
         /* Starts what send() has collected; may call link_completed() and link_down(). Called at
          * the end of each turn. True: there was something. NULL: send() starts it. */

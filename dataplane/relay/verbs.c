@@ -70,6 +70,19 @@ static void verbs_write(struct link *link, struct mirror *m, uint32_t offset, ui
         request->wr.rdma.rkey = small ? target->small_key : target->bulk_key;
 }
 
+static void verbs_move(struct link *link, const struct lent_file *from, uint64_t from_offset, void *to,
+                       uint64_t to_offset, uint32_t size)
+{
+        const struct file_registration *registration = from->registration;
+        const struct reached_file *reached = to;
+        struct ibv_send_wr *request =
+            add_request(link->channel, (uintptr_t)from->base + from_offset, size, registration->region->lkey);
+
+        request->opcode = IBV_WR_RDMA_WRITE;
+        request->wr.rdma.remote_addr = reached->address + to_offset;
+        request->wr.rdma.rkey = reached->key;
+}
+
 static void verbs_send(struct link *link, UNUSED unsigned lane, const void *message, uint32_t size,
                        uint64_t number, bool soon)
 {
@@ -167,6 +180,12 @@ const struct transport verbs_transport = {
     .detach = verbs_detach,
     .has_room = verbs_has_room,
     .write = verbs_write,
+    .register_file = verbs_register_file,
+    .deregister_file = verbs_deregister_file,
+    .place_file = verbs_place_file,
+    .reach = verbs_reach,
+    .unreach = verbs_unreach,
+    .move = verbs_move,
     .send = verbs_send,
     .poll = verbs_poll,
     .arm = verbs_arm,

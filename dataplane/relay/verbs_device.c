@@ -1,5 +1,6 @@
 #include "verbs_device.h"
 
+#include "lent_files.h"
 #include "mirror.h"
 #include "transports.h"
 
@@ -83,6 +84,7 @@ static void lose(struct verbs_device *d, const char *text)
         if (d != verbs_device)
                 return;
         mirrors_deregister(&verbs_transport);
+        lent_files_deregister(&verbs_transport);
         verbs_device = NULL;
         verbs_put_device(d);
 }
@@ -216,6 +218,7 @@ int verbs_open_device(const struct relay_open *open, uint32_t *mtu, char *text)
 
 void verbs_close_device(void)
 {
+        lent_files_deregister(&verbs_transport);
         if (verbs_device)
                 verbs_put_device(verbs_device);
         verbs_device = NULL;

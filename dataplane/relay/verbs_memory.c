@@ -80,3 +80,58 @@ void verbs_detach(struct mirror *m)
         free(m->target);
         m->target = NULL;
 }
+
+int verbs_register_file(struct lent_file *file, char *text)
+{
+        struct file_registration *registration;
+        int access = file->writable ? IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE : 0;
+
+        if (!verbs_device)
+                return relay_refuse(text, ENODEV, "the RDMA device is gone");
+        registration = relay_memory(sizeof *registration, "memory for a file");
+        errno = 0;
+        /* The header is its process's alone: by what is there it knows whether all has come. */
+        registration->region = verbs.reg_mr(verbs_device->domain, file->base + LENT_FILE_HEADER,
+                                            file->size - LENT_FILE_HEADER, access);
+        count(COUNT_CALLS, 1);
+        if (!registration->region) {
+                free(registration);
+                return verbs_fail(text, "registering a process's memory");
+        }
+        registration->device = verbs_device;
+        verbs_device->users++;
+        count(COUNT_REGISTERED, file->size);
+        file->registration = registration;
+        return 0;
+}
+
+void verbs_deregister_file(struct lent_file *file)
+{
+        struct file_registration *registration = file->registration;
+
+        relay.counters[COUNT_REGISTERED] -= file->size;
+        verbs.dereg_mr(registration->region);
+        verbs_put_device(registration->device);
+        free(registration);
+}
+
+void verbs_place_file(const struct lent_file *file, uint64_t *address, uint64_t *key)
+{
+        const struct file_registration *registration = file->registration;
+
+        *address = (uintptr_t)file->base;
+        *key = registration->region->rkey;
+}
+
+void *verbs_reach(uint64_t address, uint64_t key, UNUSED uint64_t size)
+{
+        struct reached_file *reached = relay_memory(sizeof *reached, "memory for a file of a peer");
+
+        *reached = (struct reached_file){.address = address, .key = (uint32_t)key};
+        return reached;
+}
+
+void verbs_unreach(void *reached)
+{
+        free(reached);
+}

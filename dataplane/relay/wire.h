@@ -55,8 +55,8 @@ struct wire_place {
         uint16_t version;
         uint16_t transport;
         uint32_t size_of_ring;
-        uint32_t unused;
-        uint64_t cookie; /* of the connection, in every block: numbers are used again */
+        uint32_t features; /* enum wire_feature */
+        uint64_t cookie;   /* of the connection, in every block: numbers are used again */
         union {
                 struct {
                         uint64_t small; /* address of the ring's first byte in the slot's page */
@@ -74,6 +74,10 @@ struct wire_place {
         } to;
 };
 
+/* What a relay offers for a connection. An earlier one offers nothing, and ignores what it doesn't
+ * know; flags and blocks of a feature are sent only if both offer it. */
+enum wire_feature { WIRE_MOVING = 1 /* moves.h */ };
+
 struct wire_header {
         uint32_t magic;
         uint16_t blocks;
@@ -87,16 +91,28 @@ enum wire_header_flag {
 };
 
 enum wire_flag {
-        WIRE_READY = 1,     /* the process here reads from its ring: bytes may come */
-        WIRE_LEAVE = 2,     /* the peer's process has to stop sending, and fall back to TCP */
-        WIRE_LEFT = 4,      /* the process here has stopped: nothing comes above `tail` */
-        WIRE_HAS_LEFT = 8,  /* confirms LEFT */
-        WIRE_CLOSED = 16,   /* no process has this end any more: bytes for it are thrown away */
-        WIRE_OVER = 32,     /* as LEFT, because no process has this end any more */
-        WIRE_HAS_OVER = 64, /* confirms OVER */
-        WIRE_BROKEN = 128,  /* bytes are lost: both ends see a reset */
-        WIRE_DROPPED = 256, /* the memory here is released: write no more, and confirm */
-        WIRE_GONE = 512,    /* confirms DROPPED, after the last write; the block has no positions */
+        WIRE_READY = 1,          /* the process here reads from its ring: bytes may come */
+        WIRE_LEAVE = 2,          /* the peer's process has to stop sending, and fall back to TCP */
+        WIRE_LEFT = 4,           /* the process here has stopped: nothing comes above `tail` */
+        WIRE_HAS_LEFT = 8,       /* confirms LEFT */
+        WIRE_CLOSED = 16,        /* no process has this end any more: bytes for it are thrown away */
+        WIRE_OVER = 32,          /* as LEFT, because no process has this end any more */
+        WIRE_HAS_OVER = 64,      /* confirms OVER */
+        WIRE_BROKEN = 128,       /* bytes are lost: both ends see a reset */
+        WIRE_DROPPED = 256,      /* the memory here is released: write no more, and confirm */
+        WIRE_GONE = 512,         /* confirms DROPPED, after the last write; the block has no positions */
+        WIRE_KNOWS_MOVES = 1024, /* the library of the process here does */
+        /* Each alone in its block, which has no positions: moves.h. */
+        WIRE_REACH = 2048,
+        WIRE_REACHED = 4096,
+        WIRE_MOVED = 8192,
+        WIRE_SEEN = 16384,
+        WIRE_REVOKE = 32768,
+        WIRE_REVOKED = 65536,
+};
+
+enum {
+        WIRE_OF_MOVES = WIRE_REACH | WIRE_REACHED | WIRE_MOVED | WIRE_SEEN | WIRE_REVOKE | WIRE_REVOKED,
 };
 
 struct wire_block {

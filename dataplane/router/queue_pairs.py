@@ -32,6 +32,9 @@ class QueuePairRecord:
     """It was told that it has no peer any more; it still has its slot."""
     direct: bool = False
     """It may use direct memory: the network allows it, and both processes have the same library."""
+    moving: bool = False
+    """The peer is on another host, and the relays may move bytes between registered memory of both
+    processes."""
     reached: bool = False
     """Its process has got a file of the peer's memory by it."""
     status: VerbsStatus | None = None

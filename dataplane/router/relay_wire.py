@@ -16,7 +16,7 @@ import msgspec
 from dataplane.errors import WrongMessage
 from dataplane.router.codec import I32, U32, U64, Codec, WireField
 
-RELAY_VERSION: Final = 6
+RELAY_VERSION: Final = 7
 RELAY_SOCKET: Final = 3
 """The relay's descriptor."""
 MAX_TEXT: Final = 96
@@ -35,7 +35,9 @@ ENCRYPT_ALL: Final = 2
 """What is encrypted over TCP."""
 CONNECTION: Final = 0
 QUEUE_PAIR: Final = 1
-"""Who uses a slot. A queue pair of verbs has no TCP to fall back to."""
+MOVING_QUEUE_PAIR: Final = 2
+"""Who uses a slot. A queue pair of verbs has no TCP to fall back to. The relays may move bytes
+between the registered memory of the processes of one that is moving."""
 WHOLE: Final = 0
 BROKEN: Final = 1
 """How a connection ended."""
@@ -65,6 +67,10 @@ COUNTERS: Final = (
     "corrupt",
     "registered",
     "turns",
+    "moves",
+    "bytes_moved",
+    "moves_refused",
+    "moves_lost",
 )
 """enum relay_counter, in its order."""
 
@@ -117,6 +123,9 @@ class RelayKind(IntEnum):
     USAGE = 28
     EXPIRE = 29
     SHARE = 30
+    FILE = 31
+    FILE_END = 32
+    FILE_ENDED = 33
 
 
 codec: Final = Codec()
@@ -279,6 +288,22 @@ class RelaySlot(msgspec.Struct, frozen=True):
     user: _U16 = CONNECTION
 
 
+@codec.message(
+    RelayKind.FILE,
+    RelayKind.FILE_END,
+    RelayKind.FILE_ENDED,
+    order=("writable", "file", "token", "owner"),
+)
+class RelayFile(msgspec.Struct, frozen=True):
+    """A file for registered memory of a process (`owner`), by its number; the rest if it is new."""
+
+    kind: int
+    file: U64
+    token: U64 = 0
+    owner: U64 = 0
+    writable: U32 = 0
+
+
 @codec.message(RelayKind.EXPIRE)
 class RelayExpire(msgspec.Struct, frozen=True):
     """Users of a link that is down are reset if they have waited at each of the last `count`."""
@@ -323,6 +348,7 @@ Message = (
     | RelayAccept
     | RelayArena
     | RelaySlot
+    | RelayFile
     | RelayExpire
     | RelayFrame
     | RelayCounters

@@ -79,8 +79,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
         """`sessions` and `link_sockets` make these for their user. `tell_relay` is
         `RelayProcess.send`. `kinds`: the relay's numbers of transports.
         """
-        LentArenas.__init__(self, tell_relay, memory)
-        self._pairing = pairing
+        LentArenas.__init__(self, pairing, tell_relay, memory)
         self._loop = loop
         self._hello_changed = hello_changed
         self.sessions = sessions(self)
@@ -93,7 +92,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
             pairing, loop, self.sessions, self.hosts, self.links, sockets, rule, offers
         )
         self.queue_pairs = RemoteQueuePairs(
-            pairing.verbs, loop, self.sessions, self.hosts, self.links, offers, self._begin
+            pairing, loop, self.sessions, self.hosts, self.links, offers, self._begin
         )
         self._users: tuple[RemoteUsers[Any], ...] = self.requests, self.queue_pairs
         self.connections = RemoteConnections(
@@ -256,6 +255,8 @@ class Remotes(LentArenas, Generic[SessionsT]):
                 self.links.down(message)
             case relay_wire.RelayOutcome(kind=RelayKind.CONNECTED):
                 self.links.connected(message)
+            case relay_wire.RelayFile():
+                self._pairing.direct_memory.returned(message.file)
             case relay_wire.RelayFrame():
                 self.links.frame(message)
             case relay_wire.Number() | relay_wire.Offered() | relay_wire.RelayOutcome():
@@ -267,9 +268,7 @@ class Remotes(LentArenas, Generic[SessionsT]):
             self.use(transport, "the relay ended; it is started again")
         self._lent.clear()
         self.connections.relay_died()
-        for arena in self._pairing.arenas.values():
-            if arena.ring:
-                self._pairing.close_relay_bells(arena)
+        self.relay_lost()
         self.links.relay_died()
         self.connections.all_dropped()
         self._pairing.retire_remote()

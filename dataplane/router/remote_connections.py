@@ -377,9 +377,9 @@ class RemoteConnections:
         arena, slot = connection.arena, connection.slot
         link = self._links.link(connection.host.address).number
         incarnation = arena.slots[slot].incarnation
-        kind = connection.users.kind
+        user = connection.users.enter_relay(connection.user)
         self._tell_relay(
-            relay_wire.RelaySlot(connection.number, link, slot, arena.id, incarnation, kind)
+            relay_wire.RelaySlot(connection.number, link, slot, arena.id, incarnation, user)
         )
 
     def _send_place(self, connection: RemoteConnection) -> None:

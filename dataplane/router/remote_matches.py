@@ -146,6 +146,10 @@ class RemoteUsers(ABC, Generic[UserT]):
     def fail(self, user: Any, reason: Reason) -> None:
         """A connection comes to nothing. What it was begun for may be gone."""
 
+    def enter_relay(self, user: Any) -> int:
+        """It is about to get a slot of the relay: the relay's number of what uses it."""
+        return self.kind
+
     @abstractmethod
     def is_held(self, end: Any) -> bool:
         """Whether processes still have the end of one that has hung up."""

@@ -13,6 +13,7 @@ from dataplane.router.pair_requests import PairRequest
 from dataplane.router.queue_pairs import FarDatagrams, QueuePairRecord
 from dataplane.router.reasons import Reason
 from dataplane.router.remote_events import Transport
+from dataplane.router.seams import LentFile
 
 
 class RemotePairing(Protocol):
@@ -69,6 +70,12 @@ class RemotePairing(Protocol):
     def arena_closed(self, arena: Arena) -> None:
         """Nothing is in the arena any more."""
 
+    def lend_file(self, file: LentFile) -> None:
+        """Give the relay a file for registered memory. Its descriptor stays the caller's."""
+
+    def end_file(self, number: int) -> None:
+        """Nobody uses a file any more that the relay has. `DirectMemory.returned` follows."""
+
 
 class NoRemotePairing:
     """There are no other hosts, so `pair` is never called."""
@@ -113,4 +120,10 @@ class NoRemotePairing:
         pass
 
     def arena_closed(self, arena: Arena) -> None:
+        pass
+
+    def lend_file(self, file: LentFile) -> None:
+        pass
+
+    def end_file(self, number: int) -> None:
         pass

@@ -93,6 +93,16 @@ class SocketTable(Protocol):
         ...
 
 
+class LentFile(Protocol):
+    """A file for registered memory of a process."""
+
+    number: int
+    token: int
+    process: int
+    memory: int
+    writable: bool
+
+
 class ArenaMemory(Protocol):
     """The memory and the bells of arenas. Arenas and bells are descriptors."""
 

@@ -8,6 +8,7 @@ from typing import Final
 from dataplane.control import QueuePairFact, VerbsDeviceFact, VerbsFacts, VerbsObjects
 from dataplane.router.pairing import Pairing
 from dataplane.router.queue_pairs import QueuePairRecord
+from dataplane.router.remote_events import Transport
 from dataplane.router.verbs_memory import DirectMemory
 from dataplane.router.verbs_pairing import VerbsPairing, VerbsProcess
 
@@ -94,6 +95,8 @@ def _path(pairing: Pairing, record: QueuePairRecord) -> str:
 def _direct(pairing: Pairing, record: QueuePairRecord) -> str:
     """See `QueuePairFact.direct`."""
     network = pairing.knowledge.networks.get(record.network)
+    if record.moving and _path(pairing, record) == Transport.RDMA.value:
+        return "used" if record.status is not None and record.status.moved else "unused"
     if record.peer is None or network is None or not network.verbs_direct:
         return ""
     if not record.direct:

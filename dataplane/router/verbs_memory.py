@@ -29,6 +29,9 @@ FILES: Final = 1024
 """Files of one process."""
 FILES_OF_CONTAINER: Final = 4096
 """Each is a descriptor of the router's."""
+LENT_OF_CONTAINER: Final = 512
+LENT: Final = 8192
+"""Each is a descriptor of the relay's. The WRITEs to and from others go through rings."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +48,8 @@ class MemoryFile:
     """Whether peers can map it to write there."""
     ready: bool
     """Whether they get it: one that they may only read is to be protected before."""
+    lent: bool = False
+    """The relay has it."""
 
 
 class DirectMemory:
@@ -70,6 +75,12 @@ class DirectMemory:
         """By namespace, as their number."""
         self.counts: Counter[int] = Counter()
         self.refused: Counter[Reason] = Counter()
+        self.lent: Counter[int] = Counter()
+        """Files that the relay has, by namespace."""
+        self._lending: set[int] = set()
+        """Processes whose files the relay gets."""
+        self._ended: dict[int, MemoryFile] = {}
+        """Files that nobody uses, and that the relay has. They count until it lets them go."""
 
     def handle(self, process_id: int, message: VerbsMemory) -> None:
         """Act on a message.
@@ -124,6 +135,7 @@ class DirectMemory:
             token=file.token,
         )
         self._registry.outbox.send(opened.id, answer, memory)
+        self._lend(file)
 
     def _why_not(self, opened: VerbsProcess, size: int) -> Reason | None:
         if opened.namespace not in self._registry.knowledge.direct:
@@ -146,6 +158,7 @@ class DirectMemory:
             with contextlib.suppress(KernelRefused):
                 self._memory.protect(file.memory)
                 file.ready = True
+                self._lend(file)
 
     def _end(self, opened: VerbsProcess, message: VerbsMemory) -> None:
         """Its owner uses a file no more. Who has mapped it keeps it, for nothing."""
@@ -157,16 +170,61 @@ class DirectMemory:
         del self.files[file.number], self.of_process[file.process][file.number]
         if not self.of_process[file.process]:
             del self.of_process[file.process]
+        self._memory.close(file.memory)
+        if file.lent:
+            self._ended[file.number] = file
+            self._registry.remote.end_file(file.number)
+        else:
+            self._uncount(file)
+
+    def _uncount(self, file: MemoryFile) -> None:
         self.bytes[file.namespace] -= file.size
         self.counts[file.namespace] -= 1
         if not self.counts[file.namespace]:
             del self.bytes[file.namespace], self.counts[file.namespace]
-        self._memory.close(file.memory)
 
     def gone(self, process_id: int) -> None:
         """A process has closed its connection to the router."""
         for file in list(self.of_process.get(process_id, {}).values()):
             self._forget(file)
+        self._lending.discard(process_id)
+
+    # --- the relay
+
+    def lend(self, process_id: int) -> None:
+        """The relay may use the files of a process: those that there are, and all later ones."""
+        if process_id not in self._lending:
+            self._lending.add(process_id)
+            for file in self.of_process.get(process_id, {}).values():
+                self._lend(file)
+
+    def _lend(self, file: MemoryFile) -> None:
+        if file.process not in self._lending or not file.ready or file.lent:
+            return
+        if self.lent[file.namespace] >= LENT_OF_CONTAINER or self.lent.total() >= LENT:
+            self.refused[Reason.LIMIT] += 1
+            return
+        file.lent = True
+        self.lent[file.namespace] += 1
+        self._registry.remote.lend_file(file)
+
+    def returned(self, number: int) -> None:
+        """The relay has let a file go that nobody uses."""
+        file = self._ended.pop(number, None)
+        if file is not None:
+            self.lent[file.namespace] -= 1
+            if not self.lent[file.namespace]:
+                del self.lent[file.namespace]
+            self._uncount(file)
+
+    def relay_died(self) -> None:
+        """The relay has ended, and has no files any more."""
+        self._lending.clear()
+        for file in self.files.values():
+            file.lent = False
+        for number in list(self._ended):
+            self.returned(number)
+        self.lent.clear()
 
     # --- peers
 

@@ -36,6 +36,8 @@ from dataplane.router.verbs_wire import (
     VerbsStatus,
 )
 
+_RELIABLE: Final = 2
+"""IBV_QPT_RC."""
 _NEVER: Final = frozenset({Reason.REMOTE, Reason.REMOTE_OFF})
 """Why no queue pair of a network can have a peer on another host. What else is missing may come."""
 RETURN: Final = 60.0
@@ -235,6 +237,7 @@ class VerbsPairing:
             peer_namespace,
             self._registry.clock(),
             is_remote=peer_namespace == RELAY,
+            moving=peer_namespace == RELAY and self._may_move(message, network),
         )
 
     def _why_not(
@@ -306,6 +309,11 @@ class VerbsPairing:
         return network.verbs_direct and (
             processes[one.process].build == processes[other.process].build
         )
+
+    def _may_move(self, message: VerbsQueuePair, network: KnownNetwork) -> bool:
+        """Whether relays may move bytes between registered memory, if the libraries know that."""
+        settings = self._registry.knowledge.settings
+        return message.type == _RELIABLE and network.verbs_direct and settings.zero_copy
 
     def _refuse_both(self, one: QueuePairRecord, other: QueuePairRecord, reason: Reason) -> bool:
         self.forbid(one, reason)

@@ -20,12 +20,12 @@ from dataplane.router.arenas import Arena, SlotEnd
 from dataplane.router.library_wire import IPAddress
 from dataplane.router.links import Links
 from dataplane.router.loop import Loop
+from dataplane.router.pairing import Pairing
 from dataplane.router.queue_pairs import FarDatagrams, QueuePairRecord
 from dataplane.router.reasons import Reason
-from dataplane.router.relay_wire import QUEUE_PAIR
+from dataplane.router.relay_wire import MOVING_QUEUE_PAIR, QUEUE_PAIR
 from dataplane.router.remote_hosts import PeerSessions, RemoteHost, RemoteHosts
 from dataplane.router.remote_matches import Match, PeerOffer, RemoteUser, RemoteUsers
-from dataplane.router.verbs_pairing import VerbsPairing
 
 AGAIN: Final = 1.0
 """Seconds after which a queue pair whose connection came to nothing waits for a match again."""
@@ -101,7 +101,7 @@ class RemoteQueuePairs(RemoteUsers[RemoteQueuePair]):
 
     def __init__(
         self,
-        verbs: VerbsPairing,
+        pairing: Pairing,
         loop: Loop,
         sessions: PeerSessions,
         hosts: RemoteHosts,
@@ -111,7 +111,8 @@ class RemoteQueuePairs(RemoteUsers[RemoteQueuePair]):
     ) -> None:
         """`numbers`: of offers. `begin` begins the connection of a match that a timer has found."""
         super().__init__(sessions, hosts, links, numbers)
-        self._verbs = verbs
+        self._verbs = pairing.verbs
+        self._files = pairing.direct_memory
         self.datagrams: QueuePairOwner | None = None
         """Has the slots for datagrams."""
         self._loop = loop
@@ -159,6 +160,13 @@ class RemoteQueuePairs(RemoteUsers[RemoteQueuePair]):
     def why_not(self, record: PairedRecord) -> Reason | None:
         """Its process may have ended it."""
         return None if self._owner(record).has(record) else Reason.NOT_FOUND
+
+    def enter_relay(self, user: PairedRecord) -> int:
+        """The relay gets the registered memory of its process, if it may move bytes."""
+        if not isinstance(user, QueuePairRecord) or not user.moving:
+            return QUEUE_PAIR
+        self._files.lend(user.process)
+        return MOVING_QUEUE_PAIR
 
     def is_held(self, end: SlotEnd) -> bool:
         """Nobody has the queue pairs of a process that has hung up."""

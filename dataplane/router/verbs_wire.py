@@ -106,8 +106,6 @@ _Step = Annotated[Step, WireField("I", int, _one_of(Step))]
 _SlotKind = Annotated[SlotKind, WireField("I", int, _one_of(SlotKind))]
 _U8 = Annotated[int, WireField("B")]
 _PrivateSize = Annotated[int, WireField("H", int, _private_size)]
-_Last = Annotated[int, WireField("I4x")]
-"""A number before four bytes without meaning."""
 _Private = Annotated[bytes, WireField(f"{PRIVATE}s", bytes, bytes)]
 
 
@@ -247,14 +245,16 @@ class VerbsConnection(msgspec.Struct, frozen=True, gc=False):
     private: _Private
 
 
-@codec.message(VerbsKind.STATUS)
+@codec.message(VerbsKind.STATUS, order=("qpn", "state", "moved", "operations", "bytes"))
 class VerbsStatus(msgspec.Struct, frozen=True, gc=False):
     """What a queue pair has done, for lists."""
 
     qpn: U32
-    state: _Last
+    state: U32
     operations: U64
     bytes: U64
+    moved: _Bool = False
+    """The relays' device has executed some for it."""
 
 
 @codec.message(

@@ -12,6 +12,7 @@
  *                  sender is told so as by a queue pair that has retried for too long
  *      seed=N      of the random numbers
  */
+#include "../../dataplane/relay/lent_files.h"
 #include "../../dataplane/relay/link.h"
 #include "../../dataplane/relay/mirror.h"
 #include "../../dataplane/relay/transports.h"
@@ -85,6 +86,7 @@ static int faulty_open(const struct relay_open *request, uint32_t *mtu, char *te
 
 static void faulty_close(void)
 {
+        lent_files_deregister(&faulty_transport);
         real->close();
 }
 
@@ -173,6 +175,38 @@ static void faulty_write(struct link *link, struct mirror *mirror, uint32_t offs
                 piece->offset = offset + at;
                 piece->size = size - at < PIECE ? size - at : PIECE;
         }
+}
+
+static int faulty_register_file(struct lent_file *file, char *text)
+{
+        return real->register_file(file, text);
+}
+
+static void faulty_deregister_file(struct lent_file *file)
+{
+        real->deregister_file(file);
+}
+
+static void faulty_place_file(const struct lent_file *file, uint64_t *address, uint64_t *key)
+{
+        real->place_file(file, address, key);
+}
+
+static void *faulty_reach(uint64_t address, uint64_t key, uint64_t size)
+{
+        return real->reach(address, key, size);
+}
+
+static void faulty_unreach(void *reached)
+{
+        real->unreach(reached);
+}
+
+/* Bytes may arrive at once, long before their message. */
+static void faulty_move(struct link *link, const struct lent_file *from, uint64_t from_offset, void *to,
+                        uint64_t to_offset, uint32_t size)
+{
+        real->move(link, from, from_offset, to, to_offset, size);
 }
 
 static void shuffle(struct batch *batch)
@@ -291,6 +325,12 @@ const struct transport faulty_transport = {
     .detach = faulty_detach,
     .has_room = faulty_has_room,
     .write = faulty_write,
+    .register_file = faulty_register_file,
+    .deregister_file = faulty_deregister_file,
+    .place_file = faulty_place_file,
+    .reach = faulty_reach,
+    .unreach = faulty_unreach,
+    .move = faulty_move,
     .send = faulty_send,
     .poll = faulty_poll,
     .arm = faulty_arm,

@@ -23,6 +23,7 @@ STRUCTS: dict[str, tuple[struct.Struct, str]] = {
     "relay_accept": (client.ACCEPT, "message number peer size unused words"),
     "relay_arena": (client.ARENA, "message value arena owner"),
     "relay_slot": (client.SLOT, "message connection link slot user arena incarnation"),
+    "relay_file": (client.FILE, "message writable file token owner"),
     "relay_frame": (client.FRAME, "message link"),
     "relay_counts": (client.COUNTS, "message unused counters"),
     "relay_usage": (client.USAGE, "message link arena values"),

@@ -81,6 +81,7 @@ class Lent:
     arena: int
     slot: int
     queue_pair: bool = False
+    moving: bool = False
     peer: int = 0
     paired: bool = False
     closed: bool = False
@@ -121,6 +122,7 @@ class FakeRelay:
         self.world = world
         self.host = host
         self.lent: dict[int, Lent] = {}
+        self.files: dict[int, relay_wire.RelayFile] = {}
         self.links: dict[int, Wire] = {}
         self.arenas: set[int] = set()
         self.stuck: set[int] = set()
@@ -174,6 +176,12 @@ class FakeRelay:
                 self.world.exchange()
             case relay_wire.Number():
                 self.number(message)
+            case relay_wire.RelayFile(kind=RelayKind.FILE):
+                assert message.file not in self.files
+                self.files[message.file] = message
+            case relay_wire.RelayFile():
+                del self.files[message.file]
+                self.answer(relay_wire.RelayFile(RelayKind.FILE_ENDED, message.file))
             case relay_wire.RelayExpire():
                 self.expire(message)
             case relay_wire.RelayFrame():
@@ -188,7 +196,8 @@ class FakeRelay:
             message.link,
             message.arena,
             message.slot,
-            message.user == relay_wire.QUEUE_PAIR,
+            message.user != relay_wire.CONNECTION,
+            message.user == relay_wire.MOVING_QUEUE_PAIR,
         )
         self.answer(relay_wire.Offered(RelayKind.PLACED, message.connection, 0, "", b"place"))
 

@@ -52,6 +52,10 @@ SHAPES: Final[dict[str, tuple[Callable[[int], wire.Message], str]]] = {
         f".connection = {N32}, .link = {M32}, .slot = 63, .user = RELAY_QUEUE_PAIR, "
         f".arena = {N64}u, .incarnation = {M64}u",
     ),
+    "file": (
+        lambda kind: wire.RelayFile(kind, N64, M64, N64 + 1, 1),
+        f".file = {N64}u, .token = {M64}u, .owner = {N64 + 1}u, .writable = 1",
+    ),
     "expire": (
         lambda _: wire.RelayExpire(N32, 5, wire.QUEUE_PAIR),
         f".link = {N32}, .count = 5, .user = RELAY_QUEUE_PAIR",
@@ -75,6 +79,7 @@ KINDS: Final = {
     "open": "OPEN",
     "opened": "OPENED",
     "slot": "SLOT",
+    "file": "FILE FILE_END FILE_ENDED",
     "expire": "EXPIRE",
     "counts": "COUNTS",
     "usage": "USAGE",
@@ -108,6 +113,7 @@ NUMBERS: Final = {
     "RELAY_ENCRYPT_ALL": wire.ENCRYPT_ALL,
     "RELAY_CONNECTION": wire.CONNECTION,
     "RELAY_QUEUE_PAIR": wire.QUEUE_PAIR,
+    "RELAY_MOVING_QUEUE_PAIR": wire.MOVING_QUEUE_PAIR,
     "RELAY_WHOLE": wire.WHOLE,
     "RELAY_BROKEN": wire.BROKEN,
     **{f"R_{kind.name}": kind.value for kind in RelayKind},

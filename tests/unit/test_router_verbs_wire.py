@@ -98,9 +98,12 @@ EXAMPLES: Final[list[tuple[wire.VerbsMessage, str]]] = [
         for kind in VerbsKind
         if VerbsKind.MEMORY <= kind <= VerbsKind.REACHED
     ),
-    (
-        wire.VerbsStatus(1, 2, 3, 4),
-        "struct v_status m = {{V_STATUS, sizeof m}, 1, 2, 0, 3, 4}",
+    *(
+        (
+            wire.VerbsStatus(1, 2, 3, 4, moved),
+            f"struct v_status m = {{{{V_STATUS, sizeof m}}, 1, 2, {int(moved)}, 3, 4}}",
+        )
+        for moved in (False, True)
     ),
 ]
 """A message, and the C that makes the same."""

@@ -148,6 +148,7 @@ GOOD = [
     ("VERBS", "off", "verbs", "off"),
     ("VERBS_QPS", "65535", "verbs_qps", 65535),
     ("VERBS_MEMORY", "1048576", "verbs_memory", 1 << 20),
+    ("VERBS_ZERO_COPY", "on", "verbs_zero_copy", "on"),
 ]
 
 
@@ -239,6 +240,7 @@ BAD = [
     ("VERBS", "yes"),
     ("VERBS_QPS", "65536"),
     ("VERBS_MEMORY", "1M"),
+    ("VERBS_ZERO_COPY", "yes"),
 ]
 
 
