@@ -1,6 +1,8 @@
 #include "direct.h"
 
+#include "direct_notes.h"
 #include "extents.h"
+#include "far_memory.h"
 
 const struct direct_reacher *direct_reacher;
 
@@ -21,14 +23,6 @@ static uint32_t access_for(const struct send_work *work)
         }
 }
 
-static bool has_none(const struct queue_direct *direct, uint32_t key)
-{
-        for (size_t i = 0; i < sizeof direct->without / sizeof *direct->without; i++)
-                if (direct->without[i] == key)
-                        return true;
-        return false;
-}
-
 /* The other side may have it later: ask again, but ever more seldom. */
 static void note_later(struct queue_direct *direct)
 {
@@ -38,11 +32,6 @@ static void note_later(struct queue_direct *direct)
         if (direct->pause > PAUSE_MOST)
                 direct->pause = PAUSE_MOST;
         direct->left = direct->pause;
-}
-
-static void note_none(struct queue_direct *direct, uint32_t key)
-{
-        direct->without[direct->next_without++ % (sizeof direct->without / sizeof *direct->without)] = key;
 }
 
 /* Is all executed that this queue pair has put, and is there nothing that it has to look at before?
@@ -109,10 +98,7 @@ static const struct segment *find(struct queue_pair *queue, const struct send_wo
         uint64_t offset;
 
         if (!segment) {
-                if (direct->left)
-                        direct->left--;
-                else if (!direct->asked && !direct->wanted && work->rkey && !has_none(direct, work->rkey))
-                        direct->lacking = work->rkey;
+                direct_note_lacking(direct, work->rkey);
                 return NULL;
         }
         offset = work->address - segment->base;
@@ -232,6 +218,21 @@ void direct_withdraw(struct queue_pair *queue)
         extents_withdraw(&told);
 }
 
+/* It is on another host: the file is its relay's. */
+static void learn_far(struct queue_pair *queue, uint32_t key)
+{
+        struct queue_direct *direct = &queue->direct;
+
+        if (far_learn(queue, key, &direct->coming))
+                direct->pause = 0;
+        else if (direct->coming.later)
+                note_later(direct);
+        else
+                direct_note_none(direct, key);
+        direct->asked = 0;
+        direct->coming.memory = 0;
+}
+
 /* The other side has answered. */
 static bool learn(struct queue_pair *queue, struct record_receiver *receiver)
 {
@@ -244,6 +245,10 @@ static bool learn(struct queue_pair *queue, struct record_receiver *receiver)
         if (!key || receiver->now.rkey != key || direct->coming.memory)
                 return false;
         record_take(receiver, &cursor, sizeof direct->coming);
+        if (view_remote(&queue->sender.view)) {
+                learn_far(queue, key);
+                return true;
+        }
         reached = direct->coming.memory ? reached_find(direct->coming.memory, direct->coming.token) : NULL;
         if (direct->coming.memory && !reached && direct_reacher) {
                 direct_reacher->ask(queue, &direct->coming);
@@ -252,7 +257,7 @@ static bool learn(struct queue_pair *queue, struct record_receiver *receiver)
         if (!reached && direct->coming.later)
                 note_later(direct);
         else if (!reached || !segment_add(&direct->segments, reached, key, &direct->coming))
-                note_none(direct, key);
+                direct_note_none(direct, key);
         else
                 direct->pause = 0;
         direct->asked = 0;
@@ -265,8 +270,8 @@ bool direct_take(struct queue_pair *queue, struct record_receiver *receiver)
         if (receiver->now.operation == RECORD_DIRECT)
                 return learn(queue, receiver);
         queue->direct.owed = receiver->now.rkey;
-        queue->direct.answer =
-            queue->direct.may ? describe(queue, receiver->now.rkey) : (struct record_direct){0};
+        queue->direct.answer = queue->direct.may || far_may(queue) ? describe(queue, receiver->now.rkey)
+                                                                   : (struct record_direct){0};
         return receiver->now.rkey;
 }
 
@@ -281,7 +286,7 @@ void direct_reached(struct queue_pair *queue, uint64_t memory, int memfd, bool w
         if (direct->asked && direct->coming.memory == memory) {
                 reached = reached_add(memory, direct->coming.token, memfd, writable);
                 if (!reached || !segment_add(&direct->segments, reached, direct->asked, &direct->coming))
-                        note_none(direct, direct->asked);
+                        direct_note_none(direct, direct->asked);
                 direct->asked = 0;
                 direct->coming.memory = 0;
         }
@@ -304,7 +309,7 @@ void direct_missed(struct queue_pair *queue)
 
         mutex_take(&queue->sending);
         if (direct->asked && direct->coming.memory) {
-                note_none(direct, direct->asked);
+                direct_note_none(direct, direct->asked);
                 direct->asked = 0;
                 direct->coming.memory = 0;
         }

@@ -17,7 +17,8 @@
  * the operation goes as a record, from its beginning. An atomic one fails instead: nobody knows
  * whether it was executed, and it must not be twice.
  *
- * It is an optimisation: whatever can't be copied goes as a record. There is none between hosts.
+ * It is an optimisation: whatever can't be copied goes as a record. Between hosts the relays'
+ * device may write instead of this process: far_memory.h.
  */
 #ifndef FREEFLOW_DIRECT_H
 #define FREEFLOW_DIRECT_H

@@ -233,6 +233,20 @@ enum extent_answer extent_allow(struct extent *extent, uint32_t key, struct exte
         return answer;
 }
 
+bool extent_has(struct extent *extent, uintptr_t first, size_t length, uint64_t *file, uint64_t *offset)
+{
+        const struct direct_pages *pages = &extent->pages;
+        bool has;
+
+        mutex_take(&extent->telling);
+        has = !extent->withdrawn && first >= pages->first && first - pages->first <= pages->length &&
+              length <= pages->length - (first - pages->first);
+        *file = extent->file.memory;
+        *offset = pages->offset + (first - pages->first);
+        mutex_release(&extent->telling);
+        return has;
+}
+
 /* Peers are to stop using it. */
 static void forbid(struct extent *extent)
 {

@@ -91,6 +91,9 @@ enum extent_answer { EXTENT_NEVER, EXTENT_LATER, EXTENT_NOW };
  * `file` and `pages`: what to tell. LATER: it is not to be used, but may be when it asks again. */
 enum extent_answer extent_allow(struct extent *extent, uint32_t key, struct extent_set *told,
                                 struct extent_file *file, struct direct_pages *pages);
+/* Are these bytes of the process in the extent's file now, and where? Whoever reads them there
+ * reads what was there when this was asked, whatever becomes of the extent. */
+bool extent_has(struct extent *extent, uintptr_t first, size_t length, uint64_t *file, uint64_t *offset);
 /* No peer uses the files of those of the set any more, nor of those of extents_withdraw_soon(). */
 void extents_withdraw(const struct extent_set *told);
 /* The same, soon; the set is empty afterwards. May be called under any mutex of others. */

@@ -171,6 +171,7 @@ static void tell_by_socket(const struct freeflow_services *here, struct queue_pa
             .message = {.kind = V_STATUS, .size = sizeof status},
             .qpn = queue->plain.qp_base.qp_num,
             .state = queue_state(queue),
+            .moved = queue->direct.moved,
             .operations = atomic_load_explicit(&queue->operations, memory_order_relaxed),
             .bytes = atomic_load_explicit(&queue->bytes, memory_order_relaxed),
         };

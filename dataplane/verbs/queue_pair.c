@@ -1,5 +1,7 @@
 #include "queue_pair.h"
 
+#include "monotonic.h"
+
 #include <string.h>
 
 static void nothing(struct queue_pair *queue)
@@ -130,6 +132,25 @@ static void count(struct queue_pair *queue, const struct send_work *work)
         atomic_store_explicit(&queue->bytes, bytes + work->total, memory_order_relaxed);
 }
 
+/* Wait until the device reads this process's memory no more, for a move that is under way and whose
+ * request is about to be flushed. The relay says so when the device has read the last byte, or has
+ * lost the link for good. A relay that is killed says nothing, and its device does not read on; the
+ * router has broken the rings. */
+static void stop_moving(struct queue_pair *queue)
+{
+        enum { PAUSE = 100000 /* ns */ };
+        const uint64_t most = 10000000000, most_parted = 1000000000;
+        const struct ring *in = queue->receiver.view.ring;
+        uint64_t begun = monotonic();
+
+        if (!queue->direct.moving)
+                return;
+        while (!queue_move_is_over(queue) &&
+               monotonic() - begun < (!in || queue_is_parted(queue, in) ? most_parted : most))
+                sys_sleep(PAUSE);
+        queue->direct.moving = 0;
+}
+
 void queue_complete_send(struct queue_pair *queue, enum ibv_wc_status status, const struct cq *polled)
 {
         const struct send_work *work = send_at(&queue->sends, queue->sends.head);
@@ -140,6 +161,8 @@ void queue_complete_send(struct queue_pair *queue, enum ibv_wc_status status, co
                             .qp_num = queue->plain.qp_base.qp_num};
         bool told = queue->signal_all || work->flags & IBV_SEND_SIGNALED || status != IBV_WC_SUCCESS;
 
+        if (status != IBV_WC_SUCCESS)
+                stop_moving(queue);
         if (status == IBV_WC_SUCCESS && !send_is_local(work))
                 count(queue, work);
         drop_oldest(queue);
@@ -325,6 +348,8 @@ bool queue_pair_up(struct queue_pair *queue, struct view out, struct view in, co
                 atomic_store_explicit(&queue->out, out.ring, memory_order_release);
                 atomic_store_explicit(&queue->in, in.ring, memory_order_release);
                 queue->direct.may = direct;
+                /* This library knows moves; before `ready`. */
+                atomic_store_explicit(&in.ring->moves, 1, memory_order_relaxed);
                 queue_count_open(queue);
                 queue->credit_due = true;
                 atomic_store_explicit(&queue->pairing, QUEUE_PAIRED, memory_order_release);
@@ -438,6 +463,7 @@ static void forget(struct queue_pair *queue)
         queue->refusal = queue->done = queue->done_told = queue->credit_told = 0;
         queue->asked = queue->since = 0;
         segments_end(&queue->direct.segments);
+        far_segments_end(&queue->direct.far);
         memset(&queue->direct, 0, sizeof queue->direct);
         memset(queue->used_keys, 0, sizeof queue->used_keys);
         atomic_store_explicit(&queue->consumed, 0, memory_order_relaxed);
@@ -463,6 +489,7 @@ void queue_reset(struct queue_pair *queue)
                 queue->close_due |= queue_state(queue) != IBV_QPS_ERR;
                 queue_publish(queue);
         }
+        stop_moving(queue);
         atomic_store_explicit(&queue->state, IBV_QPS_RESET, memory_order_release);
         queue->plain.qp_base.state = IBV_QPS_RESET;
         forget(queue);

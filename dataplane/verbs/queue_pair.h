@@ -33,6 +33,7 @@
 #include "../library/place.h"
 #include "cq.h"
 #include "extents.h"
+#include "far_segments.h"
 #include "opened.h"
 #include "reached.h"
 #include "record.h"
@@ -73,6 +74,13 @@ struct queue_direct {
         uint32_t without[8];         /* keys without such memory */
         uint32_t next_without;
         uint32_t pause, left; /* "later": how many requests by records until it asks again */
+        /* far_memory.h: */
+        struct far_segment *far;
+        uint64_t move;        /* the number of the last one */
+        uint64_t moving_from; /* the file of it */
+        uint64_t not_from;    /* a file of this process that the relay can't use */
+        uint32_t moving;      /* the key of the one that is under way; 0: none is */
+        _Atomic bool moved;   /* one was done */
 };
 
 struct queue_pair {
@@ -233,6 +241,14 @@ static inline bool queue_is_parted(const struct queue_pair *queue, const struct 
         return atomic_load_explicit(&queue->parted, memory_order_acquire) ||
                atomic_load_explicit(&in->broken, memory_order_acquire) ||
                atomic_load_explicit(&in->over, memory_order_acquire);
+}
+
+/* Under `sending`: has the relay told how the last move ended? */
+static inline bool queue_move_is_over(const struct queue_pair *queue)
+{
+        const struct ring *out = queue->sender.view.ring;
+
+        return atomic_load_explicit(&out->moved, memory_order_acquire) / MOVE_OUTCOME == queue->direct.move;
 }
 
 /* The router has paired it: the ring that goes out, the one that comes in, and where both are.

@@ -1,6 +1,7 @@
 #include "requester.h"
 
 #include "direct.h"
+#include "far_memory.h"
 #include "monotonic.h"
 
 /* --- putting records */
@@ -154,6 +155,12 @@ static enum record_outcome put_next(struct queue_pair *queue, struct send_work *
         }
         if (!work->begun && direct_try(queue, work))
                 return RECORD_OK;
+        if (!work->begun) {
+                enum record_outcome outcome = far_move(queue, work);
+
+                if (outcome != RECORD_OK || work->whole)
+                        return outcome;
+        }
         if (!work->begun && !may_begin(queue, work)) {
                 if (!queue->unheard)
                         return RECORD_WAIT;
@@ -168,12 +175,18 @@ static enum record_outcome put_next(struct queue_pair *queue, struct send_work *
         return send_is_asking(work) ? put_question(queue, work) : put_piece(queue, work);
 }
 
+/* Some of the request was put, or is being moved. */
+static bool has_begun(const struct queue_pair *queue, const struct send_work *work)
+{
+        return work->begun || (queue->direct.moving && work == send_at(&queue->sends, queue->sends.next));
+}
+
 /* A queue that is to be drained goes on with the request that it has begun. */
 static bool goes_on(const struct queue_pair *queue, const struct send_work *work)
 {
         enum ibv_qp_state state = queue_state(queue);
 
-        return !work->status && (state == IBV_QPS_RTS || (state == IBV_QPS_SQD && work->begun));
+        return !work->status && (state == IBV_QPS_RTS || (state == IBV_QPS_SQD && has_begun(queue, work)));
 }
 
 /* UC: there is nobody whom they could reach. */
@@ -276,7 +289,7 @@ void requester_complete(struct queue_pair *queue, const struct cq *polled)
         while (sends->head != sends->next && is_done(queue, send_at(sends, sends->head)))
                 queue_complete_send(queue, IBV_WC_SUCCESS, polled);
         if (queue->draining && sends->head == sends->next &&
-            (sends->head == sends->tail || !send_at(sends, sends->head)->begun)) {
+            (sends->head == sends->tail || !has_begun(queue, send_at(sends, sends->head)))) {
                 queue->draining = false;
                 if (queue->attributes.en_sqd_async_notify)
                         queue_tell(queue, QUEUE_DRAINED);

@@ -81,6 +81,7 @@ struct send_work {
         bool whole;            /* the last one was */
         bool answered;         /* all that it asked for has come */
         bool direct;           /* it was executed without a record */
+        bool recorded;         /* it has to go as records: far_memory.h */
 };
 
 /* Indices grow without end: head <= answered <= next <= tail. */

@@ -27,8 +27,8 @@ from testbed.process import wait_until
 from testbed.vm import Guest, Process
 from tests.dataplane.places import compile_c
 from tests.unit.swarm_ca import Authority
-from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, SWARM, Host, cluster
-from tests.vm.ping_pongs import FILES, PingPong, queue_pairs
+from tests.vm.cluster import BUILT_LIBRARY, BUILT_RELAY, LIBRARY, SWARM, Host, cluster
+from tests.vm.ping_pongs import BUILT_VERBS, FILES, FOLDER, PingPong, queue_pairs
 from tests.vm.streams import PORT, SETTINGS, Streams, linked, rdma
 
 ECHO: Final = "/src/tests/vm/programs/echo.py"
@@ -126,6 +126,51 @@ def test_queue_pairs(hosts: list[Host], options: tuple[Any, ...]) -> None:
     assert after.granted > before.granted
     assert after.relay["bytes_out"] - before.relay["bytes_out"] > 100_000
     assert (after.relay["copied"], after.broken) == (0, 0)
+
+
+@pytest.fixture
+def moving(hosts: list[Host]) -> Iterator[list[Host]]:
+    """The hosts, which let their devices move bytes between registered memory."""
+    for host in hosts:
+        networks = tuple(
+            msgspec.structs.replace(network, verbs_direct=True) for network in host.facts().networks
+        )
+        settings = msgspec.structs.replace(host.settings, zero_copy=True)
+        host.learn(networks=networks, settings=settings)
+    yield hosts
+    for host in hosts:
+        host.learn()
+
+
+def test_moved_writes(moving: list[Host], tmp_path: Path) -> None:
+    """The devices write between registered memory: each byte is where it has to be and when, also
+    if queue pairs or memory end meanwhile.
+    """
+    program = compile_c(
+        TOP / "tests/verbs/moved_writes.c",
+        tmp_path / "moved_writes",
+        "-Wl,--no-as-needed",
+        str(BUILT_VERBS / "libibverbs.so.1"),
+    )
+    preload = f"LD_PRELOAD={LIBRARY}:{FOLDER}/libibverbs.so.1"
+    address = str(moving[1].containers[0].ipv4)
+    for host in moving:
+        host.guest.push(program, "/opt/moved_writes")
+    for mode, rounds in (("bytes", 6), ("flush", 3), ("drain", 1), ("deregister", 1)):
+        before = rdma(moving[0]).relay["moves"]
+        ends = [
+            host.containers[0].start(
+                ["env", preload, "/opt/moved_writes", mode, address, str(side), str(rounds), "7"],
+                accelerated=False,
+            )
+            for side, host in enumerate(moving)
+        ]
+        for end in ends:
+            end.check(150)
+        wait_until(mode, lambda before=before: rdma(moving[0]).relay["moves"] > before, 20)  # type: ignore[misc]
+    for host in moving:
+        wait_until("no memory", lambda host=host: not rdma(host).memory, 60)  # type: ignore[misc]
+        assert (rdma(host).relay["corrupt"], rdma(host).relay["downs"]) == (0, 0)
 
 
 def test_torture(hosts: list[Host], tmp_path: Path) -> None:
