@@ -15,7 +15,7 @@
 set -u
 
 python=${1:?usage: run.sh PYTHON}
-few=3
+few=5
 cache=build/pytest
 rm -rf "$cache"
 mkdir -p "$cache"

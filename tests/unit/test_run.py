@@ -69,7 +69,7 @@ def test_one_fails_again(tmp_path: Path) -> None:
 def test_many_fail(tmp_path: Path) -> None:
     """Many failures are no accident: none of these tests runs again."""
     tests = [PASSES] * 3
-    tests[0] = "\n".join(FAILS.replace("fails", f"fails_{n}") for n in range(4)) + ONCE
+    tests[0] = "\n".join(FAILS.replace("fails", f"fails_{n}") for n in range(5)) + ONCE
     code, said = outcome(tmp_path, *tests)
     assert (code, "Once more" in said) == (1, False)
 
