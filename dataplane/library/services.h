@@ -54,7 +54,7 @@
 #define SERVICES_NAME "freeflow_services"
 
 enum {
-        SERVICES_VERSION = 3,
+        SERVICES_VERSION = 4,
         SERVICES_QUEUE = 64, /* messages */
 };
 
