@@ -17,6 +17,7 @@
 #include "../../dataplane/relay/mirror_receive.h"
 #include "../../dataplane/relay/mirror_scan.h"
 #include "../../dataplane/relay/mirror_send.h"
+#include "../../dataplane/relay/moves.h"
 
 #include <err.h>
 #include <stdio.h>
@@ -160,6 +161,22 @@ void mirror_send(struct mirror *m, struct wire_block *block, uint64_t batch)
         *block = (struct wire_block){.connection = m->number};
         m->sent += run;
         room -= run < room ? run : room;
+}
+
+void moves_scan(struct mirror *m)
+{
+        (void)m;
+}
+
+void moves_completed(struct link *link)
+{
+        (void)link;
+}
+
+uint64_t moves_revoked_at(const struct link *link)
+{
+        (void)link;
+        return 0;
 }
 
 void arena_becomes_idle(struct shared *shared)
