@@ -95,20 +95,16 @@ def _inactive(
 def _tasks(
     network: Network,
     service: Service,
-    before: NetworkState,
-    active: Collection[IPv4Address] | None,
-    *,
-    by_list: bool,
+    inactive: Collection[IPv4Address],
+    known: Collection[IPv4Address] | None,
 ) -> tuple[IPv4Address, ...]:
+    """Listed tasks that are not inactive; if some are known, only these."""
     listed = own_addresses(network, (task.address for task in service.tasks))
-    if active is None:
-        known = _known(service, before)
-        if known is not None and not by_list:
-            # The answer may come next time. A task that is new is perhaps not healthy yet.
-            active = known
-        else:
-            active = frozenset(listed) - _inactive(network, service, before, active)
-    return tuple(address for address in listed if address in active)
+    return tuple(
+        address
+        for address in listed
+        if address not in inactive and (known is None or address in known)
+    )
 
 
 def next_state(
@@ -121,13 +117,19 @@ def next_state(
 ) -> NetworkState:
     """The state after `before`, when the engine lists `view` and DNS gives `answers`; for services
     in `by_list` no answers are to be expected, so their list decides."""
+    inactive = {
+        service.name: _inactive(network, service, before, answers.get(service.name))
+        for service in view.services
+        if service.vip is not None
+    }
+    decided = answers.keys() | set(by_list)
     table: VipTable = {
         service.vip: _tasks(
             network,
             service,
-            before,
-            answers.get(service.name),
-            by_list=service.name in by_list,
+            inactive[service.name],
+            # The answer may come next time. A task that is new is perhaps not healthy yet.
+            None if service.name in decided else _known(service, before),
         )
         for service in view.services
         if service.vip is not None
@@ -161,9 +163,5 @@ def next_state(
         unlisted(network, view, answers),
         unknown(view, answers),
         frozenset(by_list),
-        inactive={
-            service.name: _inactive(network, service, before, answers.get(service.name))
-            for service in view.services
-            if service.vip is not None
-        },
+        inactive=inactive,
     )
